@@ -1,0 +1,101 @@
+"""
+From the encoder's frames to the LLM's inputs: 50 -> 12.5 vectors a second, into the LLM's width.
+
+Paper: "Adapter". Three causal convolutions (x4 down), four transformer layers, one linear layer,
+in this order. Causal convolutions see only the past, so a padded batch needs no zeroing here:
+what lies beyond a length cannot reach the frames before it; only attention needs a mask.
+
+Legend: B batch, T encoder frames, L = ceil(ceil(T / 2) / 2) frames out, D width, H heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class AdapterConfig:
+    d_in: int = 384  # paper: 1024 (Whisper medium) -> 2048 (Qwen2.5-3B), 4 heads, 4 layers, ffn 2560
+    d_out: int = 320
+    n_heads: int = 4
+    n_layers: int = 4
+    ffn: int = 768
+    dropout: float = 0.1
+
+
+def out_length(length: int | Tensor) -> int | Tensor:
+    """Frames out of the adapter for frames in; works on ints and on int tensors."""
+    return ((length + 1) // 2 + 1) // 2
+
+
+def positions(length: int, dim: int, device: torch.device) -> Tensor:
+    """The transformer paper's table (length, dim): sine and cosine in turn."""
+    rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
+    angle = torch.arange(length, device=device)[:, None] * rate[None]  # (length, dim / 2)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query, self.key, self.value, self.out = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, L, D = x.shape
+        q, k, v = (proj(x).view(B, L, self.n_heads, -1).transpose(1, 2)  # (B, H, L, D / H)
+                   for proj in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y.transpose(1, 2).reshape(B, L, D))
+
+
+class Block(nn.Module):
+    """Pre-norm layer; ReLU, where the encoder has GELU: that is what was released."""
+
+    def __init__(self, cfg: AdapterConfig):
+        super().__init__()
+        D = cfg.d_in
+        self.attn = Attention(D, cfg.n_heads)
+        self.attn_ln = nn.LayerNorm(D)
+        self.mlp = nn.Sequential(nn.Linear(D, cfg.ffn), nn.ReLU(), nn.Dropout(cfg.dropout),
+                                 nn.Linear(cfg.ffn, D))
+        self.mlp_ln = nn.LayerNorm(D)
+        self.drop = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.drop(self.attn(self.attn_ln(x), mask))
+        return x + self.drop(self.mlp(self.mlp_ln(x)))
+
+
+class Adapter(nn.Module):
+    def __init__(self, cfg: AdapterConfig):
+        super().__init__()
+        D = cfg.d_in
+        self.convs = nn.ModuleList(nn.Conv1d(D, D, 3, stride=s) for s in (1, 2, 2))
+        self.embed = nn.Linear(D, D)
+        self.embed_ln = nn.LayerNorm(D)
+        self.drop = nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.after_norm = nn.LayerNorm(D)
+        self.proj = nn.Linear(D, cfg.d_out)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """x (B, T, d_in), lengths (B,) -> (B, out_length(T), d_out), lengths (B,).
+
+        Frames beyond a length mean nothing."""
+        x = x.transpose(1, 2)  # (B, D, T)
+        for conv in self.convs:
+            x = F.gelu(conv(F.pad(x, (2, 0))))  # two zeros of past: frame t sees t-2 .. t
+        x, lengths = x.transpose(1, 2), out_length(lengths)  # (B, L, D)
+        B, L, D = x.shape
+        x = self.drop(self.embed_ln(self.embed(x)))
+        x = self.drop(x * D ** 0.5 + positions(L, D, x.device).to(x.dtype))
+        mask = None  # a mask costs SDPA its fastest kernels, so only where lengths differ
+        if bool((lengths < L).any()):
+            mask = (torch.arange(L, device=x.device) < lengths[:, None])[:, None, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.proj(self.after_norm(x)), lengths

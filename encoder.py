@@ -1,0 +1,319 @@
+"""
+Speech in: log-mel features, the Whisper-shaped encoder, and the S3 speech tokenizer.
+
+Paper: "Speech Encoder" (Whisper medium, 80 mels, 50 frames a second out) and the CosyVoice
+codebook of "Token2wav". The tokenizer is the same stem and blocks, cut early and followed by a
+vector quantiser that learns to keep what a recogniser needs (CosyVoice, arXiv 2407.05407).
+
+Legend: B batch, T mel frames (100 a second), S encoder frames (50 a second), L codes (25 a
+second), D width, H heads, K codes in the codebook, V text vocabulary, U text tokens, N samples.
+
+References: openai/whisper (features, encoder), xingchensong/S3Tokenizer (weights of S3 v1).
+"""
+
+import functools
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---- log-mel -----------------------------------------------------------------------------------
+
+SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms
+
+
+@functools.lru_cache(maxsize=None)
+def mel_filters(sr: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> Tensor:
+    """Triangular mel filters (n_mels, n_fft // 2 + 1) on Slaney's scale, each of equal area."""
+    step = math.log(6.4) / 27  # above 1 kHz (mel 15) the scale is logarithmic: 27 mels are x6.4
+
+    def to_mel(hz: float) -> float:
+        return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
+
+    mels = torch.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2, dtype=torch.float64)
+    edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp(step * (mels - 15)))
+    bins = torch.linspace(0, sr / 2, n_fft // 2 + 1, dtype=torch.float64)
+    low, mid, high = (edges[i:i + n_mels, None] for i in range(3))  # (n_mels, 1) each
+    triangle = torch.minimum((bins - low) / (mid - low), (high - bins) / (high - mid))
+    return (triangle.clamp(min=0) * 2 / (high - low)).float()
+
+
+def log_mel(wave: Tensor, n_mels: int = 80) -> Tensor:
+    """Whisper's features of a 16 kHz wave (N,) in [-1, 1] -> (T, n_mels), T = N // 160.
+
+    No padding to 30 s, so the loudest real frame sets the floor (80 dB below it). Raises
+    ValueError if the wave is too short to be reflected at its edges (N < 201).
+    """
+    if wave.dim() != 1 or len(wave) <= N_FFT // 2:
+        raise ValueError(f"log_mel needs a mono wave of over {N_FFT // 2} samples, "
+                         f"got shape {tuple(wave.shape)}")
+    window = torch.hann_window(N_FFT, device=wave.device)
+    spec = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)  # (201, T + 1)
+    power = spec[:, :-1].abs().square()
+    filters = mel_filters(SAMPLE_RATE, N_FFT, n_mels, 0.0, SAMPLE_RATE / 2).to(wave.device)
+    logs = (filters @ power).clamp(min=1e-10).log10()
+    logs = torch.maximum(logs, logs.max() - 8)
+    return ((logs + 4) / 4).T  # (T, n_mels)
+
+
+# ---- primitives --------------------------------------------------------------------------------
+
+def sinusoids(length: int, dim: int, device: torch.device) -> Tensor:
+    """Whisper's positions (length, dim): all sines, then all cosines. Computed, never stored, so
+    any length works and no checkpoint carries a table."""
+    rate = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10000) / (dim // 2 - 1)))
+    angle = torch.arange(length, device=device)[:, None] * rate[None]
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
+    """(B, size) True on real frames, or None if every sample fills the batch (the fast path)."""
+    if bool((lengths >= size).all()):
+        return None
+    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
+
+
+def zero_tail(x: Tensor, lengths: Tensor) -> Tensor:
+    """x (B, T, D) with zeros beyond each length: what a convolution sees past a lone sample."""
+    mask = frame_mask(lengths, x.shape[1])
+    return x if mask is None else x.masked_fill(~mask[..., None], 0)
+
+
+def conv_stem(mel: Tensor, lengths: Tensor, convs: list[nn.Conv1d]) -> tuple[Tensor, Tensor]:
+    """(B, T, n_mels) -> (B, T / strides rounded up, D) with positions, and the new lengths.
+
+    Tails are zeroed before *every* convolution: gelu(conv(0)) is not 0, so at odd lengths the
+    second one would otherwise see a pad (the released code does; its last frame then depends on
+    the batch it came in).
+    """
+    x = zero_tail(mel, lengths)
+    for conv in convs:
+        x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)
+        lengths = -(-lengths // conv.stride[0])  # kernel 3, padding 1: divides, rounding up
+        x = zero_tail(x, lengths)
+    return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype), lengths
+
+
+# ---- blocks ------------------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__()
+        self.n_heads = n_heads
+        self.query = nn.Linear(dim, dim)
+        self.key = nn.Linear(dim, dim, bias=False)  # a key bias only shifts all scores of a query
+        self.value = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        B, S, D = x.shape
+        q, k, v = (proj(x).view(B, S, self.n_heads, -1).transpose(1, 2)  # (B, H, S, D / H)
+                   for proj in (self.query, self.key, self.value))
+        keys = None if mask is None else mask[:, None, None]  # (B, 1, 1, S)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=keys)
+        return self.out(y.transpose(1, 2).reshape(B, S, D))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int, n_heads: int):
+        super().__init__()
+        self.attn = Attention(dim, n_heads)
+        self.attn_ln = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.mlp_ln = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.attn_ln(x), mask)
+        return x + self.mlp(self.mlp_ln(x))
+
+
+# ---- the encoder -------------------------------------------------------------------------------
+
+@dataclass
+class EncoderConfig:
+    n_mels: int = 80
+    d_model: int = 384  # Whisper medium: 1024, 16 heads, 24 layers
+    n_heads: int = 6
+    n_layers: int = 4
+
+
+class Encoder(nn.Module):
+    def __init__(self, cfg: EncoderConfig):
+        super().__init__()
+        D = cfg.d_model
+        self.conv1 = nn.Conv1d(cfg.n_mels, D, 3, padding=1)
+        self.conv2 = nn.Conv1d(D, D, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(Block(D, cfg.n_heads) for _ in range(cfg.n_layers))
+        self.ln_post = nn.LayerNorm(D)
+
+    def forward(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """mel (B, T, n_mels), lengths (B,) -> hidden (B, ceil(T / 2), D), its lengths (B,).
+
+        Frames beyond a length come out as zeros."""
+        x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
+        mask = frame_mask(lengths, x.shape[1])
+        for block in self.blocks:
+            x = block(x, mask)
+        return zero_tail(self.ln_post(x), lengths), lengths
+
+
+# ---- the speech tokenizer ----------------------------------------------------------------------
+
+@dataclass
+class TokenizerConfig:
+    n_mels: int = 80  # S3 v1: 128 mels, 1280, 20 heads, 6 layers, stride 2, pool 1, 4096 codes
+    d_model: int = 384
+    n_heads: int = 6
+    n_layers: int = 2  # blocks before the quantiser
+    conv1_stride: int = 1
+    pool: int = 2  # frames averaged into one code; stride * 2 * pool mel frames make a code
+    codes: int = 1024
+    tail_layers: int = 2  # blocks after the quantiser; only training needs them
+    vocab: int = 0  # text tokens of the CTC head; 0: no tail and no head, encode() only
+
+
+class Codebook(nn.Module):
+    """K vectors that follow the features assigned to them as moving averages (no gradient)."""
+
+    def __init__(self, size: int, dim: int, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("embed", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("counts", torch.ones(size))  # moving average of uses a batch
+        self.register_buffer("sums", self.embed.clone())  # ... and of the sum of those features
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """x (N, D) -> index (N,) of the nearest code. |x - e|^2 has the same order as
+        |e|^2 / 2 - x.e, which is one matmul; in slices, as N x K may be large."""
+        half = self.embed.square().sum(-1) / 2
+        return torch.cat([(part @ self.embed.T - half).argmax(-1) for part in x.split(8192)])
+
+    def totals(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Uses (K,) of each code and the sum (K, D) of its features, over all ranks."""
+        counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(x[:, 0]))
+        sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
+        if dist.is_initialized():
+            dist.all_reduce(counts), dist.all_reduce(sums)
+        return counts, sums
+
+    def reset(self, rows: Tensor, x: Tensor) -> None:
+        """Move the codes where rows (K,) is True onto features drawn from x, as used as most."""
+        fresh = x[torch.randint(len(x), (len(rows),), device=x.device)]
+        if dist.is_initialized():
+            dist.broadcast(fresh, 0)
+        mean = self.counts.mean()
+        self.embed[rows], self.sums[rows], self.counts[rows] = fresh[rows], fresh[rows] * mean, mean
+
+    @torch.no_grad()
+    def update(self, x: Tensor, codes: Tensor) -> None:
+        """One training step; codes that fell under 5 % of the average use are dead: revived."""
+        counts, sums = self.totals(x, codes)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.embed.copy_(self.sums / self.counts[:, None])
+        self.reset(self.counts < 0.05 * self.counts.mean(), x)
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, rounds: int = 10) -> None:
+        """k-means on x (N, D), N >= K, from K of its points; empty clusters draw a new point."""
+        if len(x) < len(self.embed):
+            raise ValueError(f"k-means of {len(self.embed)} codes needs as many features, "
+                             f"got {len(x)}")
+        self.counts.fill_(1)
+        self.embed.copy_(x[torch.randperm(len(x), device=x.device)[:len(self.embed)]])
+        for _ in range(rounds):
+            counts, sums = self.totals(x, self.nearest(x))
+            scale = counts.mean()  # so that counts average 1, as if after one small batch
+            self.counts.copy_(counts / scale)
+            self.sums.copy_(sums / scale)
+            self.embed.copy_(self.sums / self.counts.clamp(min=1e-6)[:, None])
+            self.reset(counts == 0, x)
+
+
+class SpeechTokenizer(nn.Module):
+    """Speech -> 25 codes a second, taught by recognising text through the codes (CTC).
+
+    S3 v1 has the quantiser inside a large recogniser with an attention decoder; CTC asks the same
+    of the codes (keep the words) and needs no decoder.
+    """
+
+    def __init__(self, cfg: TokenizerConfig):
+        super().__init__()
+        D, self.cfg = cfg.d_model, cfg
+        self.conv1 = nn.Conv1d(cfg.n_mels, D, 3, stride=cfg.conv1_stride, padding=1)
+        self.conv2 = nn.Conv1d(D, D, 3, stride=2, padding=1)
+        self.blocks = nn.ModuleList(Block(D, cfg.n_heads) for _ in range(cfg.n_layers))
+        self.codebook = Codebook(cfg.codes, D)
+        if cfg.vocab:
+            self.tail = nn.ModuleList(Block(D, cfg.n_heads) for _ in range(cfg.tail_layers))
+            self.ln_post = nn.LayerNorm(D)
+            self.head = nn.Linear(D, cfg.vocab + 1)  # the last row is CTC's blank
+
+    def features(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """mel (B, T, n_mels) -> unit vectors (B, ceil(T / 4), D) to be quantised, lengths."""
+        x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
+        mask = frame_mask(lengths, x.shape[1])
+        for block in self.blocks:
+            x = block(x, mask)
+        x, pool = zero_tail(x, lengths), self.cfg.pool
+        x = F.pad(x, (0, 0, 0, -x.shape[1] % pool)).unflatten(1, (-1, pool))  # (B, L, pool, D)
+        first = pool * torch.arange(x.shape[1], device=x.device)
+        real = (lengths[:, None] - first).clamp(1, pool)  # frames averaged; the last may lack one
+        return F.normalize(x.sum(2) / real[..., None], dim=-1), -(-lengths // pool)
+
+    @torch.no_grad()
+    def encode(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """mel (B, T, n_mels), lengths (B,) -> codes (B, ceil(T / 4)), 0 beyond their lengths (B,)."""
+        x, lengths = self.features(mel, lengths)
+        codes = self.codebook.nearest(x.flatten(0, 1)).view(x.shape[:2])
+        return zero_tail(codes[..., None], lengths)[..., 0], lengths
+
+    def init_codebook(self, features: Tensor) -> None:
+        """Fit the codebook to features (N, D), N >= K: real frames out of features()."""
+        self.codebook.fit(F.normalize(features, dim=-1))
+
+    def quantise(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> codes' vectors with x's gradient, commitment loss, codes (n,) in use."""
+        valid = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
+        real = x[valid]  # (n, D): padding must not vote
+        codes = self.codebook.nearest(real.detach())
+        vectors = self.codebook.embed[codes]
+        commit = (real - vectors).square().sum(-1).mean()  # 2 - 2 cos, on unit vectors
+        if self.training:
+            self.codebook.update(real.detach(), codes)
+        straight = torch.zeros_like(x).masked_scatter(valid[..., None], vectors)
+        return x + (straight - x).detach(), commit, codes
+
+    def forward(self, mel: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
+                ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """targets (B, U) text ids < vocab -> CTC logits (B, L, vocab + 1), loss, and stats: ctc,
+        commit, used (codes in this batch), perplexity (of the moving code use; at most K)."""
+        x, lengths = self.features(mel, lengths)
+        x, commit, codes = self.quantise(x, lengths)
+        # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
+        x = x * x.shape[2] ** 0.5 + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        mask = frame_mask(lengths, x.shape[1])
+        for block in self.tail:
+            x = block(x, mask)
+        logits = self.head(self.ln_post(x))  # (B, L, V + 1)
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (L, B, V + 1)
+        ctc = F.ctc_loss(log_probs, targets, lengths, target_lengths,
+                         blank=self.cfg.vocab, zero_infinity=True)  # inf: text longer than codes
+        share = self.codebook.counts / self.codebook.counts.sum()
+        stats = {"ctc": ctc.item(), "commit": commit.item(), "used": len(codes.unique()),
+                 "perplexity": torch.special.entr(share).sum().exp().item()}
+        return logits, ctc + 0.25 * commit, stats
+
+    def init_from_encoder(self, state: dict[str, Tensor]) -> None:
+        """Start from an Encoder's state dict: stem, block i -> block i, the blocks after the cut
+        -> tail, ln_post. What the encoder has not (codebook, head, deeper tail) stays as it is."""
+        own, cut = self.state_dict(), self.cfg.n_layers
+        for name, value in state.items():
+            if name.startswith("blocks.") and (i := int(name.split(".")[1])) >= cut:
+                name = name.replace(f"blocks.{i}.", f"tail.{i - cut}.")
+            if name in own:
+                own[name].copy_(value)
