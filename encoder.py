@@ -62,12 +62,16 @@ def log_mel(wave: Tensor, n_mels: int = 80) -> Tensor:
 
 # ---- primitives --------------------------------------------------------------------------------
 
-def sinusoids(length: int, dim: int, device: torch.device) -> Tensor:
+def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
     """Whisper's positions (length, dim): all sines, then all cosines. Computed, never stored, so
     any length works and no checkpoint carries a table."""
     rate = torch.exp(torch.arange(dim // 2, device=device) * (-math.log(10000) / (dim // 2 - 1)))
     angle = torch.arange(length, device=device)[:, None] * rate[None]
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def add_positions(x: Tensor) -> Tensor:
+    return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
 
 
 def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
@@ -84,7 +88,7 @@ def zero_tail(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def conv_stem(mel: Tensor, lengths: Tensor, convs: list[nn.Conv1d]) -> tuple[Tensor, Tensor]:
-    """(B, T, n_mels) -> (B, T / strides rounded up, D) with positions, and the new lengths.
+    """(B, T, n_mels) -> (B, T / strides rounded up, D) and the new lengths.
 
     Tails are zeroed before *every* convolution: gelu(conv(0)) is not 0, so at odd lengths the
     second one would otherwise see a pad (the released code does; its last frame then depends on
@@ -95,7 +99,7 @@ def conv_stem(mel: Tensor, lengths: Tensor, convs: list[nn.Conv1d]) -> tuple[Ten
         x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)
         lengths = -(-lengths // conv.stride[0])  # kernel 3, padding 1: divides, rounding up
         x = zero_tail(x, lengths)
-    return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype), lengths
+    return x, lengths
 
 
 # ---- blocks ------------------------------------------------------------------------------------
@@ -155,7 +159,7 @@ class Encoder(nn.Module):
 
         Frames beyond a length come out as zeros."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        mask = frame_mask(lengths, x.shape[1])
+        x, mask = add_positions(x), frame_mask(lengths, x.shape[1])
         for block in self.blocks:
             x = block(x, mask)
         return zero_tail(self.ln_post(x), lengths), lengths
@@ -170,6 +174,7 @@ class TokenizerConfig:
     n_heads: int = 6
     n_layers: int = 2  # blocks before the quantiser
     conv1_stride: int = 1
+    positions: bool = True  # before the quantiser; without, a sound's code ignores when it comes
     pool: int = 2  # frames averaged into one code; stride * 2 * pool mel frames make a code
     codes: int = 1024
     tail_layers: int = 2  # blocks after the quantiser; only training needs them
@@ -256,6 +261,8 @@ class SpeechTokenizer(nn.Module):
     def features(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """mel (B, T, n_mels) -> unit vectors (B, ceil(T / 4), D) to be quantised, lengths."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
+        if self.cfg.positions:
+            x = add_positions(x)
         mask = frame_mask(lengths, x.shape[1])
         for block in self.blocks:
             x = block(x, mask)
@@ -295,7 +302,7 @@ class SpeechTokenizer(nn.Module):
         x, lengths = self.features(mel, lengths)
         x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
-        x = x * x.shape[2] ** 0.5 + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
+        x = add_positions(x * x.shape[2] ** 0.5)
         mask = frame_mask(lengths, x.shape[1])
         for block in self.tail:
             x = block(x, mask)
