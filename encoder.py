@@ -174,11 +174,11 @@ class TokenizerConfig:
     n_heads: int = 6
     n_layers: int = 2  # blocks before the quantiser
     conv1_stride: int = 1
-    positions: bool = True  # before the quantiser; without, a sound's code ignores when it comes
     pool: int = 2  # frames averaged into one code; stride * 2 * pool mel frames make a code
     codes: int = 1024
     tail_layers: int = 2  # blocks after the quantiser; only training needs them
     vocab: int = 0  # text tokens of the CTC head; 0: no tail and no head, encode() only
+    positions: bool = True  # before the quantiser; without, a sound's code ignores when it comes
 
 
 class Codebook(nn.Module):
