@@ -1,14 +1,17 @@
 """
 The vocoder: mel frames -> 24 kHz waveform (last half of the paper's Token2wav module).
 
-HiFi-GAN is a stack of transposed convolutions, each followed by the mean of a few residual blocks of
-different width ("multi receptive field fusion"), trained against two families of discriminators: one
-looks at the wave folded by a prime period, the other at the wave at three time scales.
+HiFi-GAN is a stack of transposed convolutions, each followed by the mean of a few residual blocks
+of different width ("multi receptive field fusion"), trained against two families of discriminators:
+one looks at the wave folded by a prime period, the other at the wave at three time scales.
 
 Legend: B batch, N samples, T mel frames (T = N // hop), M mel bins, C channels, P period.
-Mels are time-major (B, T, M) at the border of this file, waves are (B, N); inside all is (B, C, time).
+Mels are time-major (B, T, M) at the border of this file, waves are (B, N). Inside, all is
+(B, C, 1, time) in channels-last memory: 2-d convolutions of height 1 need no reordering on a CPU
+and run 1.5 times as fast as 1-d ones. Weights keep the 1-d shapes of every published checkpoint.
 
-References: HiFi-GAN (Kong et al. 2020, arXiv 2010.05646) and its released weights.
+References: HiFi-GAN (Kong et al. 2020, arXiv 2010.05646) and its released weights; HiFT-Net (Li et
+al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat speaks with.
 """
 
 import math
@@ -41,28 +44,34 @@ class VocoderConfig:
     mrf_kernels: tuple[int, ...] = (3, 7, 11)
     mrf_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
-    mpd_channels: tuple[int, ...] = (16, 64, 128, 128, 128)
-    msd_channels: tuple[int, ...] = (32, 32, 64, 128, 256, 256, 256)
+    mpd: tuple[int, ...] = (16, 32, 64, 128, 128)  # channels of the period discriminators
+    msd: tuple[tuple[int, ...], ...] = (  # scale discriminators: channels, kernel, stride, groups
+        (16, 15, 1, 1), (32, 17, 4, 1), (64, 17, 4, 1), (128, 17, 4, 1), (128, 5, 1, 1))
 
 
 def hifigan(version: int, sample_rate: int = 24000) -> VocoderConfig:
-    """HiFi-GAN V1, V2 or V3 with full discriminators, at 24 kHz / hop 240 or 22.05 kHz / hop 256."""
+    """HiFi-GAN V1, V2, V3 with full discriminators; 24 kHz at hop 240 or 22.05 kHz at hop 256."""
     hop, rates = {22050: (256, (8, 8, 2, 2)), 24000: (240, (6, 5, 4, 2))}[sample_rate]
-    size = dict(channels={1: 512, 2: 128}.get(version, 256), rates=rates)
+    size = dict(channels={1: 512, 2: 128, 3: 256}[version])
     if version == 3:
-        size |= dict(resblock="2", rates=(8, 8, 4) if hop == 256 else (8, 6, 5),
-                     mrf_kernels=(3, 5, 7), mrf_dilations=((1, 2), (2, 6), (3, 12)))
-    return VocoderConfig(sample_rate, hop=hop, kernels=tuple(2 * r for r in size["rates"]), **size,
-                         mpd_channels=(32, 128, 512, 1024, 1024),
-                         msd_channels=(128, 128, 256, 512, 1024, 1024, 1024))
+        rates = (8, 8, 4) if hop == 256 else (8, 6, 5)
+        size |= dict(resblock="2", mrf_kernels=(3, 5, 7), mrf_dilations=((1, 2), (2, 6), (3, 12)))
+    return VocoderConfig(
+        sample_rate, hop=hop, rates=rates, kernels=tuple(2 * r for r in rates), **size,
+        mpd=(32, 128, 512, 1024, 1024),
+        msd=((128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16),
+             (1024, 41, 4, 16), (1024, 41, 1, 16), (1024, 5, 1, 1)))
 
 
-# ---------------------------------------------------------------------------------------------------
-# mel
+def hift() -> VocoderConfig:
+    """The HiFT of CosyVoice-300M: 22.05 kHz; its inverse STFT makes the last 4 of hop 8 * 8 * 4."""
+    return VocoderConfig(22050, hop=256, channels=512, rates=(8, 8), kernels=(16, 16))
 
+
+# ---- mel -----------------------------------------------------------------------------------------
 
 def mel_filters(cfg: VocoderConfig, fmax: float) -> Tensor:
-    """Slaney's triangles, linear below 1 kHz and logarithmic above, each of area one -> (M, bins)."""
+    """Slaney's triangles, linear below 1 kHz, logarithmic above, each of area one -> (M, bins)."""
     step = math.log(6.4) / 27  # 27 mels from 1 kHz to 6.4 kHz
     to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
     mels = torch.linspace(to_mel(cfg.fmin), to_mel(fmax), cfg.n_mels + 2, dtype=torch.float64)
@@ -80,7 +89,7 @@ def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -
     full_band: filters up to half the sample rate. The loss must hear what the input does not show.
     """
     fmax = cfg.sample_rate / 2 if full_band or cfg.fmax is None else cfg.fmax
-    # (n_fft - hop) / 2 on each side makes frame t centre on the samples of frame t, without one extra
+    # this much on each side centres frame t on the hop samples that the vocoder makes of it
     wave = F.pad(wave.float(), [(cfg.n_fft - cfg.hop) // 2] * 2, mode="reflect")
     window = torch.hann_window(cfg.win, device=wave.device)
     spec = torch.stft(wave, cfg.n_fft, cfg.hop, cfg.win, window, center=False, return_complex=True)
@@ -89,76 +98,112 @@ def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -
     return mel.clamp(min=1e-5).log().transpose(1, 2)
 
 
-# ---------------------------------------------------------------------------------------------------
-# generator
+# ---- generator -----------------------------------------------------------------------------------
+
+class Conv1d(nn.Conv1d):
+    """1-d convolution on (B, C, 1, time); pads for "same" length unless told otherwise."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1,
+                 dilation: int = 1, padding: int | None = None):
+        padding = dilation * (kernel - 1) // 2 if padding is None else padding
+        super().__init__(c_in, c_out, kernel, stride, padding, dilation, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.contiguous(memory_format=torch.channels_last)  # copies only behind a single channel
+        return F.conv2d(x, self.weight[:, :, None], self.bias, (1, *self.stride),
+                        (0, *self.padding), (1, *self.dilation), self.groups)
 
 
-def conv(c_in: int, c_out: int, kernel: int, dilation: int = 1) -> nn.Conv1d:
-    return nn.Conv1d(c_in, c_out, kernel, dilation=dilation, padding=dilation * (kernel - 1) // 2)
+class Upsample(nn.ConvTranspose1d):
+    """(B, C, 1, time) -> (B, C / 2, 1, time * rate), for any kernel >= rate."""
+
+    def __init__(self, channels: int, kernel: int, rate: int):
+        # exact length: cut ceil((kernel - rate) / 2) at the left and floor of it at the right
+        super().__init__(channels, channels // 2, kernel, rate, (kernel - rate + 1) // 2,
+                         output_padding=(kernel - rate) % 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(x, self.weight[:, :, None], self.bias, (1, *self.stride),
+                                  (0, *self.padding), (0, *self.output_padding))
+
+
+class Snake(nn.Module):
+    """x + sin(ax)^2 / a, a periodic nonlinearity with one learnt frequency per channel (HiFT)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.alpha = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        alpha = self.alpha[:, None, None]
+        return x + (alpha * x).sin().square() / (alpha + 1e-9)
 
 
 class ResBlock(nn.Module):
     """Residual convolutions of growing dilation; kind "1" puts an undilated one behind each."""
 
-    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], kind: str):
+    def __init__(self, channels: int, kernel: int, dilations: tuple[int, ...], kind: str = "1",
+                 snake: bool = False):
         super().__init__()
-        first = nn.ModuleList(conv(channels, channels, kernel, d) for d in dilations)
-        if kind == "1":
-            self.convs1 = first
-            self.convs2 = nn.ModuleList(conv(channels, channels, kernel) for _ in dilations)
-        else:
-            self.convs = first
+        dilated = nn.ModuleList(Conv1d(channels, channels, kernel, dilation=d) for d in dilations)
         self.kind = kind
+        if kind == "2":
+            self.convs = dilated
+            return
+        act = lambda: Snake(channels) if snake else nn.LeakyReLU(SLOPE)
+        self.convs1, self.activations1 = dilated, nn.ModuleList(act() for _ in dilations)
+        self.convs2 = nn.ModuleList(Conv1d(channels, channels, kernel) for _ in dilations)
+        self.activations2 = nn.ModuleList(act() for _ in dilations)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "2":
             for c in self.convs:
                 x = x + c(F.leaky_relu(x, SLOPE))
             return x
-        for c1, c2 in zip(self.convs1, self.convs2):
-            x = x + c2(F.leaky_relu(c1(F.leaky_relu(x, SLOPE)), SLOPE))
+        for a1, c1, a2, c2 in zip(self.activations1, self.convs1, self.activations2, self.convs2):
+            x = x + c2(a2(c1(a1(x))))
         return x
+
+
+def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleList, nn.ModuleList]:
+    """The parts HiFi-GAN and HiFT share: first convolution, upsamplers, their residual blocks."""
+    widths = [cfg.channels >> i for i in range(len(cfg.rates))]
+    ups = nn.ModuleList(Upsample(c, k, r) for c, k, r in zip(widths, cfg.kernels, cfg.rates))
+    blocks = nn.ModuleList(ResBlock(c // 2, k, d, cfg.resblock, snake) for c in widths
+                           for k, d in zip(cfg.mrf_kernels, cfg.mrf_dilations))
+    return Conv1d(cfg.n_mels, cfg.channels, 7), ups, blocks
 
 
 @dataclass
 class StreamState:
-    """What a stream must remember: recent mel frames, the first `done` of which are already wave."""
+    """What a stream must remember: recent mel frames, of which the first `done` are wave by now."""
 
     mel: Tensor  # (1, t, M)
     done: int = 0
 
 
 class Generator(nn.Module):
-    """HiFi-GAN. Born with plain weights; `unfold()` before the optimiser, to train with weight norm."""
+    """HiFi-GAN. Born with plain weights: to train, `unfold()` it before making the optimiser."""
 
-    # The original also draws N(0, 0.01) weights, but onto the product of weight norm, where the draw
-    # is lost at the first forward. Its published models thus began with torch's default, as ours do.
+    # The original draws N(0, 0.01) weights, but onto the product of weight norm, where the draw is
+    # lost at the first forward: its published models began with torch's default, and so do ours.
 
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
         if math.prod(cfg.rates) != cfg.hop:
-            raise ValueError(f"rates {cfg.rates} do not multiply to hop {cfg.hop}")
+            raise ValueError(f"rates {cfg.rates} do not multiply up to hop {cfg.hop}")
         self.cfg = cfg
-        self.conv_pre = conv(cfg.n_mels, cfg.channels, 7)
-        self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
-        c = cfg.channels
-        for rate, kernel in zip(cfg.rates, cfg.kernels):
-            c //= 2
-            # length is T * rate exactly: cut ceil((kernel - rate) / 2) left and floor of it right
-            self.ups.append(nn.ConvTranspose1d(2 * c, c, kernel, rate, (kernel - rate + 1) // 2,
-                                               output_padding=(kernel - rate) % 2))
-            for k, d in zip(cfg.mrf_kernels, cfg.mrf_dilations):
-                self.resblocks.append(ResBlock(c, k, d, cfg.resblock))
-        self.conv_post = conv(c, 1, 7)
+        self.conv_pre, self.ups, self.resblocks = trunk(cfg)
+        self.conv_post = Conv1d(cfg.channels >> len(cfg.rates), 1, 7)
 
     def forward(self, mel: Tensor) -> Tensor:
         """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1)."""
-        x = self.conv_pre(mel.transpose(1, 2))  # (B, C, T)
+        x = self.conv_pre(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
         n = len(self.cfg.mrf_kernels)
         for i, up in enumerate(self.ups):
-            x = up(F.leaky_relu(x, SLOPE))  # (B, C / 2, time * rate)
+            x = up(F.leaky_relu(x, SLOPE))  # (B, C / 2, 1, time * rate)
             x = sum(block(x) for block in self.resblocks[i * n : i * n + n]) / n
-        return self.conv_post(F.leaky_relu(x)).tanh().squeeze(1)  # (B, N)
+        return self.conv_post(F.leaky_relu(x)).tanh().flatten(1)  # (B, N)
 
     def unfold(self) -> "Generator":
         """Split every weight into length and direction (weight norm), for training."""
@@ -203,9 +248,93 @@ class Generator(nn.Module):
         return wave, StreamState(frames[:, keep:], end - keep)
 
 
-# ---------------------------------------------------------------------------------------------------
-# discriminators: forward(wave (B, N)) -> (one score map each, all their feature maps)
+# ---- HiFT: the generator of the released weights (inference only) ----------------------------
 
+N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
+HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003
+VOICED = 10  # Hz
+
+
+def harmonics(f0: Tensor, cfg: VocoderConfig, seed: int) -> Tensor:
+    """Pitch (B, T) in Hz -> sines at its multiples plus noise (B, T * hop, 9); noise if unvoiced."""
+    rng = torch.Generator().manual_seed(seed)
+    f0 = f0.repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
+    order = torch.arange(1, HARMONICS + 1, device=f0.device)
+    phase = (f0 / cfg.sample_rate).cumsum(1) % 1 * order  # (B, N, 9) in cycles
+    start = torch.rand(f0.size(0), 1, HARMONICS, generator=rng) - 0.5
+    start[..., 0] = 0  # all but the fundamental begin anywhere
+    noise = torch.randn(phase.shape, generator=rng).to(f0.device)
+    sines = AMPLITUDE * (2 * math.pi * (phase + start.to(f0.device))).sin()
+    return torch.where(f0 > VOICED, sines + NOISE * noise, AMPLITUDE / 3 * noise)
+
+
+class PitchPredictor(nn.Module):
+    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced."""
+
+    def __init__(self, n_mels: int, channels: int):
+        super().__init__()
+        widths = [n_mels] + [channels] * 4
+        pairs = ((Conv1d(c, channels, 3), nn.ELU()) for c in widths)
+        self.condnet = nn.Sequential(*(m for pair in pairs for m in pair))
+        self.classifier = nn.Linear(channels, 1)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
+
+
+class HarmonicSource(nn.Module):
+    """Harmonics (B, N, 9) -> one excitation (B, N)."""
+
+    def __init__(self):
+        super().__init__()
+        self.l_linear = nn.Linear(HARMONICS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.l_linear(x).tanh().squeeze(2)
+
+
+class HiFT(nn.Module):
+    """Neural source-filter vocoder: HiFi-GAN's trunk filters a harmonic source made from pitch.
+
+    The trunk stops 4 samples short of the wave and gives a spectrogram, which an inverse STFT ends.
+    Module names are those of the released file. Plain weights only; 256 samples a frame.
+    """
+
+    def __init__(self, cfg: VocoderConfig):
+        super().__init__()
+        self.cfg, channels, bins = cfg, cfg.channels, N_FFT + 2  # real and imaginary
+        self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
+        self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
+        self.m_source = HarmonicSource()
+        self.source_downs, self.source_resblocks = nn.ModuleList(), nn.ModuleList()
+        for i in range(len(cfg.rates)):  # the source joins each stage at that stage's rate
+            c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
+            down = Conv1d(bins, c, 2 * r, r, padding=r // 2) if r > 1 else Conv1d(bins, c, 1)
+            self.source_downs.append(down)
+            kernel = 11 if i == len(cfg.rates) - 1 else 7
+            self.source_resblocks.append(ResBlock(c, kernel, (1, 3, 5), snake=True))
+        self.conv_post = Conv1d(c, bins, 7)
+
+    def forward(self, mel: Tensor, seed: int = 0) -> Tensor:
+        """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
+        mel = mel.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
+        source = self.m_source(harmonics(self.f0_predictor(mel), self.cfg, seed))  # (B, N)
+        window = torch.hann_window(N_FFT, device=mel.device)
+        spec = torch.stft(source, N_FFT, STEP, window=window, return_complex=True)  # (B, 9, N/4+1)
+        spec = torch.cat([spec.real, spec.imag], 1)[:, :, None]  # (B, 18, 1, N/4+1)
+        x, n = self.conv_pre(mel), len(self.cfg.mrf_kernels)
+        for i, up in enumerate(self.ups):
+            x = up(F.leaky_relu(x, SLOPE))
+            if i == len(self.ups) - 1:
+                x = F.pad(x, (1, 0, 0, 0), mode="reflect")  # N/4 + 1 frames, as the centred STFT has
+            x = x + self.source_resblocks[i](self.source_downs[i](spec))
+            x = sum(block(x) for block in self.resblocks[i * n : i * n + n]) / n
+        log_magnitude, phase = self.conv_post(F.leaky_relu(x)).squeeze(2).chunk(2, 1)  # (B, 9, ...)
+        spec = torch.polar(log_magnitude.exp().clamp(max=100), phase.sin())
+        return torch.istft(spec, N_FFT, STEP, window=window).clamp(-0.99, 0.99)
+
+
+# ---- discriminators: forward(wave (B, N)) -> (one score map each, all their feature maps) --------
 
 class ConvStack(nn.Module):
     """Convolutions with LeakyReLU, a last one to a single score; every output is a feature map."""
@@ -224,22 +353,22 @@ class ConvStack(nn.Module):
 
 
 class MPD(nn.Module):
-    """Multi period discriminator: sees every P-th sample. The P phases share weights, not context."""
+    """Multi period discriminator: sees every P-th sample; the P phases share weights only."""
 
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
-        self.periods, c = cfg.periods, (1, *cfg.mpd_channels)
-        # (the original has 2-d convolutions of width 1 over (time, phase): the same thing)
+        self.periods, c = cfg.periods, (1, *cfg.mpd)
+        strides = [3] * (len(cfg.mpd) - 1) + [1]
         self.stacks = nn.ModuleList(ConvStack(
-            [weight_norm(nn.Conv1d(c[i], c[i + 1], 5, 3 if i < 4 else 1, 2)) for i in range(5)],
-            weight_norm(nn.Conv1d(c[-1], 1, 3, 1, 1))) for _ in self.periods)
+            [weight_norm(Conv1d(c[i], c[i + 1], 5, s)) for i, s in enumerate(strides)],
+            weight_norm(Conv1d(c[-1], 1, 3))) for _ in self.periods)
 
     def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         scores, features = [], []
         for period, stack in zip(self.periods, self.stacks):
-            x = F.pad(wave[:, None], (0, -wave.size(1) % period), mode="reflect")
-            x = x.unflatten(2, (-1, period)).transpose(1, 3).flatten(0, 1)  # (B, P, N/P, 1)
-            score, maps = stack(x.transpose(1, 2).contiguous())  # (B * P, 1, N / P)
+            x = F.pad(wave, (0, -wave.size(1) % period), mode="reflect")
+            x = x.unflatten(1, (-1, period)).transpose(1, 2).flatten(0, 1)  # (B * P, N / P)
+            score, maps = stack(x[:, None, None])  # (B * P, 1, 1, N / P)
             scores, features = scores + [score], features + maps
         return scores, features
 
@@ -249,19 +378,17 @@ class MSD(nn.Module):
 
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
-        c = (1, *cfg.msd_channels)
-        kernels, strides, groups = (15, 41, 41, 41, 41, 41, 5), (1, 2, 2, 4, 4, 1, 1), (1, 4, 16, 16, 16, 16, 1)
+        c = (1, *(layer[0] for layer in cfg.msd))
         self.stacks = nn.ModuleList(ConvStack(
-            [norm(nn.Conv1d(c[i], c[i + 1], k, s, k // 2, groups=g))
-             for i, (k, s, g) in enumerate(zip(kernels, strides, groups))],
-            norm(nn.Conv1d(c[-1], 1, 3, 1, 1))) for norm in (spectral_norm, weight_norm, weight_norm))
+            [norm(Conv1d(c[i], *layer)) for i, layer in enumerate(cfg.msd)],
+            norm(Conv1d(c[-1], 1, 3))) for norm in (spectral_norm, weight_norm, weight_norm))
 
     def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        scores, features, x = [], [], wave[:, None]  # (B, 1, N)
+        scores, features, x = [], [], wave[:, None, None]  # (B, 1, 1, N)
         for stack in self.stacks:
             score, maps = stack(x)
             scores, features = scores + [score], features + maps
-            x = F.avg_pool1d(x, 4, 2, 2)
+            x = F.avg_pool2d(x, (1, 4), (1, 2), (0, 2))
         return scores, features
 
 
@@ -277,9 +404,7 @@ class Discriminator(nn.Module):
         return s1 + s2, f1 + f2
 
 
-# ---------------------------------------------------------------------------------------------------
-# losses (least squares GAN)
-
+# ---- losses (least squares GAN) ------------------------------------------------------------------
 
 def discriminator_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
     """Scores of real waves should be 1, of made ones 0."""
@@ -301,9 +426,7 @@ def mel_loss(real: Tensor, fake: Tensor, cfg: VocoderConfig) -> Tensor:
     return 45 * F.l1_loss(mel_spectrogram(fake, cfg, True), mel_spectrogram(real, cfg, True))
 
 
-# ---------------------------------------------------------------------------------------------------
-# foreign weights
-
+# ---- foreign weights -----------------------------------------------------------------------------
 
 def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Replace weight norm, in both of torch's spellings, by plain weights: w = v * g / |v|.
@@ -324,9 +447,9 @@ def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_exact(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`, or raise ValueError naming the first key that is missing, unknown or misshapen."""
+    """Load `state`, or raise ValueError naming the first key that does not fit."""
     own = module.state_dict()
-    for name in own.keys() | state.keys():
+    for name in sorted(own.keys() | state.keys()):
         if name not in own or name not in state:
             raise ValueError(f"{name}: {'unknown key' if name in state else 'missing key'}")
         if own[name].shape != state[name].shape:
@@ -344,3 +467,14 @@ def load_hifigan(path: str) -> Generator:
     generator = Generator(hifigan(version, 22050))
     load_exact(generator, state)
     return generator
+
+
+def load_hift(path: str) -> HiFT:
+    """The released vocoder (hift.pt of CosyVoice-300M): weight norm in either spelling, Snake's
+    alpha as (C,) or (C, 1), names with or without the `generator.` of a GAN run."""
+    state = fold_weights(torch.load(path, map_location="cpu", weights_only=True))
+    state = {k.removeprefix("generator."): v.flatten() if k.endswith(".alpha") else v
+             for k, v in state.items()}
+    model = HiFT(hift())
+    load_exact(model, state)
+    return model
