@@ -9,6 +9,7 @@ Legend: B batch, T encoder frames, L = ceil(ceil(T / 2) / 2) frames out, D width
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -99,3 +100,44 @@ class Adapter(nn.Module):
         for block in self.blocks:
             x = block(x, mask)
         return self.proj(self.after_norm(x)), lengths
+
+
+# ---- loading the released weights --------------------------------------------------------------
+
+NAMES = {  # module in the released OSUM-EChat (WeNet's names) -> ours
+    "down_sample_2.conv.1": "convs.0", "down_sample_2.conv.4": "convs.1",
+    "down_sample_2.conv.7": "convs.2", "speech_transformer.embed.out.0": "embed",
+    "speech_transformer.embed.out.1": "embed_ln", "speech_transformer.after_norm": "after_norm",
+    "speech_llama_proj": "proj", "self_attn.linear_q": "attn.query",
+    "self_attn.linear_k": "attn.key", "self_attn.linear_v": "attn.value",
+    "self_attn.linear_out": "attn.out", "feed_forward.w_1": "mlp.0", "feed_forward.w_2": "mlp.3",
+    "norm1": "attn_ln", "norm2": "mlp_ln",
+}
+SKIPPED = ("ln_speech.weight", "ln_speech.bias",  # in the file, used by nothing
+           "speech_transformer.embed.pos_enc.pe")  # positions are computed
+
+
+def load_osum(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released file's down_sample_2, speech_transformer, speech_llama_proj and ln_speech keys
+    -> state dict of an Adapter of that size. ValueError names a bad key."""
+    found = {}  # our name -> (theirs, weight)
+    for old, value in state.items():
+        if old not in SKIPPED:
+            name = re.sub(r"^speech_transformer\.encoders\.", "blocks.", old)
+            block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.\w+)", name).groups("")
+            found[block + NAMES.get(module, module) + kind] = old, value
+    size = {}
+    for field, name in (("d_in", "embed.weight"), ("d_out", "proj.weight"),
+                        ("ffn", "blocks.0.mlp.0.weight")):
+        if name not in found:
+            raise ValueError(f"{name}: missing from these weights")
+        size[field] = len(found[name][1])
+    n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    with torch.device("meta"):
+        own = Adapter(AdapterConfig(**size, n_layers=n_layers)).state_dict()
+    for name, (old, value) in found.items():
+        if name not in own or value.shape != own[name].shape:
+            raise ValueError(f"{old}: no such weight here, or not of shape {tuple(value.shape)}")
+    if missing := sorted(own.keys() - found.keys()):
+        raise ValueError(f"{missing[0]}: missing from these weights")
+    return {name: value for name, (_, value) in found.items()}

@@ -187,6 +187,7 @@ class Codebook(nn.Module):
     def __init__(self, size: int, dim: int, decay: float = 0.99):
         super().__init__()
         self.decay = decay
+        self.register_buffer("fitted", torch.tensor(False))  # fit() was called, or codes loaded
         self.register_buffer("embed", F.normalize(torch.randn(size, dim), dim=-1))
         self.register_buffer("counts", torch.ones(size))  # moving average of uses a batch
         self.register_buffer("sums", self.embed.clone())  # ... and of the sum of those features
@@ -228,7 +229,7 @@ class Codebook(nn.Module):
         if len(x) < len(self.embed):
             raise ValueError(f"k-means of {len(self.embed)} codes needs as many features, "
                              f"got {len(x)}")
-        self.counts.fill_(1)
+        self.counts.fill_(1), self.fitted.fill_(True)
         self.embed.copy_(x[torch.randperm(len(x), device=x.device)[:len(self.embed)]])
         for _ in range(rounds):
             counts, sums = self.totals(x, self.nearest(x))
@@ -243,7 +244,9 @@ class SpeechTokenizer(nn.Module):
     """Speech -> 25 codes a second, taught by recognising text through the codes (CTC).
 
     S3 v1 has the quantiser inside a large recogniser with an attention decoder; CTC asks the same
-    of the codes (keep the words) and needs no decoder.
+    of the codes (keep the words) and needs no decoder. Like S3, the quantiser joins a recogniser
+    that already works: forward() lets features pass until init_codebook() is called. (Before,
+    CTC's first move, blanks everywhere, would carry all features to one code.)
     """
 
     def __init__(self, cfg: TokenizerConfig):
@@ -270,7 +273,8 @@ class SpeechTokenizer(nn.Module):
         x = F.pad(x, (0, 0, 0, -x.shape[1] % pool)).unflatten(1, (-1, pool))  # (B, L, pool, D)
         first = pool * torch.arange(x.shape[1], device=x.device)
         real = (lengths[:, None] - first).clamp(1, pool)  # frames averaged; the last may lack one
-        return F.normalize(x.sum(2) / real[..., None], dim=-1), -(-lengths // pool)
+        x = (x.sum(2) / real[..., None]).to(self.codebook.embed.dtype)
+        return F.normalize(x, dim=-1), -(-lengths // pool)
 
     @torch.no_grad()
     def encode(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -300,7 +304,9 @@ class SpeechTokenizer(nn.Module):
         """targets (B, U) text ids < vocab -> CTC logits (B, L, vocab + 1), loss, and stats: ctc,
         commit, used (codes in this batch), perplexity (of the moving code use; at most K)."""
         x, lengths = self.features(mel, lengths)
-        x, commit, codes = self.quantise(x, lengths)
+        commit, codes = x.new_zeros(()), lengths.new_zeros(0)
+        if self.codebook.fitted:
+            x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
         x = add_positions(x * x.shape[2] ** 0.5)
         mask = frame_mask(lengths, x.shape[1])
@@ -324,3 +330,89 @@ class SpeechTokenizer(nn.Module):
                 name = name.replace(f"blocks.{i}.", f"tail.{i - cut}.")
             if name in own:
                 own[name].copy_(value)
+
+
+# ---- loading foreign weights -------------------------------------------------------------------
+
+NAMES = {  # module of HF, WeNet (the released OSUM-EChat) or S3Tokenizer -> ours, as openai's
+    "embed.conv.0": "conv1", "embed.conv.2": "conv2",
+    "self_attn.q_proj": "attn.query", "self_attn.linear_q": "attn.query",
+    "self_attn.k_proj": "attn.key", "self_attn.linear_k": "attn.key",
+    "self_attn.v_proj": "attn.value", "self_attn.linear_v": "attn.value",
+    "self_attn.out_proj": "attn.out", "self_attn.linear_out": "attn.out",
+    "self_attn_layer_norm": "attn_ln", "norm1": "attn_ln",
+    "fc1": "mlp.0", "feed_forward.w_1": "mlp.0", "fc2": "mlp.2", "feed_forward.w_2": "mlp.2",
+    "final_layer_norm": "mlp_ln", "norm2": "mlp_ln",
+    "layer_norm": "ln_post", "after_norm": "ln_post",
+    "quantizer._codebook.embed": "codebook.embed",
+}
+POSITIONS = ("positional_embedding", "embed_positions.weight", "embed.pos_enc.pe")
+
+
+def our_name(name: str) -> str:
+    name = re.sub(r"^(model\.)?encoder\.", "", name)
+    name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
+    block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
+    return block + NAMES.get(module, module) + kind
+
+
+def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
+    """Our name -> (their name, weight). A decoder is left out, and so are stored positions, once
+    they are seen to be the sinusoids (up to the rounding of half precision)."""
+    out = {}
+    for old, value in state.items():
+        name = our_name(old)
+        if name in POSITIONS:
+            table = value.float().reshape(-1, value.shape[-1])[:1500]
+            if not torch.allclose(table, sinusoids(*table.shape), atol=1e-2):
+                raise ValueError(f"{old}: not Whisper's sinusoids, which are all we compute")
+        elif not re.match(r"(model\.)?decoder\.|proj_out\.", old):
+            if name in out:
+                raise ValueError(f"{old}: the same weight as {out[name][0]}")
+            out[name] = old, value
+    return out
+
+
+def checked(found: dict[str, tuple[str, Tensor]], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict, or ValueError naming a key that is unknown, missing or of another shape."""
+    for name, (old, value) in found.items():
+        if name not in own:
+            raise ValueError(f"{old}: no such weight here")
+        if value.shape != own[name].shape:
+            raise ValueError(f"{old}: shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
+    if missing := sorted(own.keys() - found.keys()):
+        raise ValueError(f"{missing[0]}: missing from these weights")
+    return {name: value for name, (_, value) in found.items()}
+
+
+def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
+    """The config fields that names and shapes tell; all of Whisper's heads are 64 wide."""
+    if "conv1.weight" not in found:
+        raise ValueError("conv1.weight: missing from these weights")
+    D, n_mels, _ = found["conv1.weight"][1].shape
+    n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    return dict(n_mels=n_mels, d_model=D, n_heads=D // 64, n_layers=n_layers)
+
+
+def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
+    begin with "encoder.") -> state dict of an Encoder of the same size."""
+    found = rename(state)
+    with torch.device("meta"):
+        own = Encoder(EncoderConfig(**sizes(found))).state_dict()
+    return checked(found, own)
+
+
+def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """S3 v1 under S3Tokenizer's names -> state dict of a SpeechTokenizer with vocab=0, pool=1 and
+    conv1_stride=2 (the 25 Hz file; the 50 Hz one has the same shapes and stride 1)."""
+    found = rename(state)
+    codes = len(found["codebook.embed"][1]) if "codebook.embed" in found else 0
+    with torch.device("meta"):
+        own = SpeechTokenizer(TokenizerConfig(**sizes(found), codes=codes)).state_dict()
+    for name in ("counts", "sums", "fitted"):  # the state of training: not released
+        del own[f"codebook.{name}"]
+    out = checked(found, own)
+    embed = out["codebook.embed"]
+    return out | {"codebook.counts": torch.ones(codes), "codebook.sums": embed.clone(),
+                  "codebook.fitted": torch.tensor(True)}
