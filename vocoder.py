@@ -256,7 +256,7 @@ VOICED = 10  # Hz
 
 
 def harmonics(f0: Tensor, cfg: VocoderConfig, seed: int) -> Tensor:
-    """Pitch (B, T) in Hz -> sines at its multiples plus noise (B, T * hop, 9); noise if unvoiced."""
+    """Pitch (B, T) in Hz -> its multiples with noise, or only noise (B, T * hop, 9)."""
     rng = torch.Generator().manual_seed(seed)
     f0 = f0.repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
     order = torch.arange(1, HARMONICS + 1, device=f0.device)
@@ -282,17 +282,6 @@ class PitchPredictor(nn.Module):
         return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
 
 
-class HarmonicSource(nn.Module):
-    """Harmonics (B, N, 9) -> one excitation (B, N)."""
-
-    def __init__(self):
-        super().__init__()
-        self.l_linear = nn.Linear(HARMONICS, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.l_linear(x).tanh().squeeze(2)
-
-
 class HiFT(nn.Module):
     """Neural source-filter vocoder: HiFi-GAN's trunk filters a harmonic source made from pitch.
 
@@ -305,7 +294,7 @@ class HiFT(nn.Module):
         self.cfg, channels, bins = cfg, cfg.channels, N_FFT + 2  # real and imaginary
         self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
         self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
-        self.m_source = HarmonicSource()
+        self.m_source = nn.ModuleDict({"l_linear": nn.Linear(HARMONICS, 1)})
         self.source_downs, self.source_resblocks = nn.ModuleList(), nn.ModuleList()
         for i in range(len(cfg.rates)):  # the source joins each stage at that stage's rate
             c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
@@ -318,7 +307,8 @@ class HiFT(nn.Module):
     def forward(self, mel: Tensor, seed: int = 0) -> Tensor:
         """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
         mel = mel.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
-        source = self.m_source(harmonics(self.f0_predictor(mel), self.cfg, seed))  # (B, N)
+        source = harmonics(self.f0_predictor(mel), self.cfg, seed)  # (B, N, 9)
+        source = self.m_source["l_linear"](source).tanh().squeeze(2)  # (B, N)
         window = torch.hann_window(N_FFT, device=mel.device)
         spec = torch.stft(source, N_FFT, STEP, window=window, return_complex=True)  # (B, 9, N/4+1)
         spec = torch.cat([spec.real, spec.imag], 1)[:, :, None]  # (B, 18, 1, N/4+1)
@@ -326,7 +316,7 @@ class HiFT(nn.Module):
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))
             if i == len(self.ups) - 1:
-                x = F.pad(x, (1, 0, 0, 0), mode="reflect")  # N/4 + 1 frames, as the centred STFT has
+                x = F.pad(x, (1, 0, 0, 0), mode="reflect")  # N/4 + 1 frames, as the STFT has
             x = x + self.source_resblocks[i](self.source_downs[i](spec))
             x = sum(block(x) for block in self.resblocks[i * n : i * n + n]) / n
         log_magnitude, phase = self.conv_post(F.leaky_relu(x)).squeeze(2).chunk(2, 1)  # (B, 9, ...)

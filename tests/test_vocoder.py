@@ -1,0 +1,315 @@
+"""The vocoder: mel against numpy, lengths, streaming, weight norm, published shapes, learning."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vocoder
+from vocoder import (HiFT, Discriminator, Generator, StreamState, VocoderConfig,
+                     discriminator_loss, feature_loss, fold_weights, generator_loss, harmonics,
+                     hifigan, hift, load_exact, load_hifigan, load_hift, mel_loss, mel_spectrogram)
+
+SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8)
+TINY = VocoderConfig(**SMALL, hop=30, rates=(5, 3, 2), kernels=(10, 6, 4))
+SINGLE = VocoderConfig(**SMALL, hop=20, rates=(5, 4), kernels=(11, 9), resblock="2",
+                       mrf_kernels=(3, 5), mrf_dilations=((1, 2), (2, 6)))
+HIFT = VocoderConfig(22050, hop=256, n_mels=8, channels=8, rates=(8, 8), kernels=(16, 16))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def normed(state, spelling, plain=()):
+    """Weights as a file saved with weight norm has them."""
+    ends = {"old": (".weight_g", ".weight_v"),
+            "new": (".parametrizations.weight.original0", ".parametrizations.weight.original1")}
+    out = {}
+    for name, w in state.items():
+        if name.endswith(".weight") and w.dim() == 3 and not name.startswith(plain):
+            g = w.flatten(1).norm(dim=1)[:, None, None]
+            base = name.removesuffix(".weight")
+            out[base + ends[spelling][0]], out[base + ends[spelling][1]] = g, w * 3  # any length
+        else:
+            out[name] = w
+    return out
+
+
+# mel
+
+
+def naive_mel(wave, sample_rate, n_fft, hop, n_mels, fmin, fmax):
+    """Frame by frame and filter by filter, from the definitions."""
+    pad = (n_fft - hop) // 2
+    wave = np.pad(wave.astype(np.float64), pad, mode="reflect")
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(n_fft) / n_fft)
+
+    def to_hz(m):
+        return m * 200 / 3 if m < 15 else 1000 * 6.4 ** ((m - 15) / 27)
+
+    def to_mel(f):
+        return f * 3 / 200 if f < 1000 else 15 + 27 * np.log(f / 1000) / np.log(6.4)
+
+    corners = [to_hz(m) for m in np.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2)]
+    freqs = np.arange(n_fft // 2 + 1) * sample_rate / n_fft
+    frames = []
+    for start in range(0, len(wave) - n_fft + 1, hop):
+        magnitude = np.sqrt(np.abs(np.fft.rfft(wave[start : start + n_fft] * window)) ** 2 + 1e-9)
+        row = []
+        for low, mid, high in zip(corners, corners[1:], corners[2:]):
+            weights = np.interp(freqs, [low, mid, high], [0, 1, 0]) * 2 / (high - low)
+            row.append(np.log(max(weights @ magnitude, 1e-5)))
+        frames.append(row)
+    return np.array(frames)
+
+
+@pytest.mark.parametrize("full_band", [False, True])
+def test_mel_is_the_naive_one(full_band):
+    cfg = VocoderConfig()
+    t = np.arange(4000) / 24000
+    wave = 0.4 * np.sin(2 * np.pi * 440 * t) + 0.01 * np.random.default_rng(0).normal(size=4000)
+    mel = mel_spectrogram(torch.tensor(wave).float()[None], cfg, full_band)[0]
+    expected = naive_mel(wave, 24000, 1024, 240, 80, 0.0, 12000.0 if full_band else 8000.0)
+    assert np.abs(mel.numpy() - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("n", [2400, 2401, 2639, 2640])
+def test_mel_has_one_frame_a_hop(n):
+    assert mel_spectrogram(torch.randn(2, n), VocoderConfig()).shape == (2, n // 240, 80)
+
+
+def test_mel_of_a_batch_is_that_of_each():
+    wave = torch.randn(3, 3000)
+    batch = mel_spectrogram(wave, VocoderConfig())
+    assert torch.allclose(batch[1:2], mel_spectrogram(wave[1:2], VocoderConfig()), atol=1e-5)
+
+
+def test_silence_is_the_floor():
+    mel = mel_spectrogram(torch.zeros(1, 2400), VocoderConfig())
+    assert mel.min() >= np.log(1e-5) - 1e-4 and mel.max() < -6
+
+
+# generator
+
+
+@pytest.mark.parametrize("cfg", [TINY, SINGLE, VocoderConfig(), hifigan(3), hifigan(2, 22050)])
+@pytest.mark.parametrize("frames", [1, 4])
+def test_length_is_exact(cfg, frames):
+    wave = Generator(cfg)(torch.randn(2, frames, cfg.n_mels))
+    assert wave.shape == (2, frames * cfg.hop) and wave.abs().max() < 1
+
+
+def test_rates_must_make_the_hop():
+    with pytest.raises(ValueError, match="hop 240"):
+        Generator(VocoderConfig(rates=(8, 8, 4)))
+
+
+@pytest.mark.parametrize("cfg", [TINY, SINGLE])
+@pytest.mark.parametrize("cuts", [(), (0, 1), (7, 30, 31), tuple(range(1, 60)), (59,)])
+def test_stream_joins_to_the_offline_wave(cfg, cuts):
+    model = Generator(cfg).eval()
+    for p in model.parameters():  # loud enough for a wrong seam to show
+        torch.nn.init.normal_(p, std=0.2)
+    mel = torch.randn(1, 60, cfg.n_mels)
+    edges, state, pieces = [0, *cuts, 60], None, []
+    for start, end in zip(edges, edges[1:]):
+        wave, state = model.stream(mel[:, start:end], state, final=end == 60)
+        pieces.append(wave)
+        assert state.mel.size(1) <= max(sum(model.context()), end - start + sum(model.context()))
+    offline = model(mel).detach()
+    assert offline.std() > 0.01
+    assert torch.allclose(torch.cat(pieces, 1), offline, atol=1e-4)
+
+
+def test_stream_emits_as_soon_as_the_right_context_is_there():
+    model = Generator(TINY).eval()
+    right = model.context()[1]
+    wave, state = model.stream(torch.randn(1, right, 8), None, final=False)
+    assert wave.size(1) == 0
+    wave, state = model.stream(torch.randn(1, 3, 8), state, final=False)
+    assert wave.size(1) == 3 * TINY.hop
+    wave, state = model.stream(torch.randn(1, 0, 8), state, final=True)
+    assert wave.size(1) == right * TINY.hop
+
+
+def test_stream_state_is_bounded_and_not_changed():
+    model = Generator(TINY).eval()
+    state = StreamState(torch.randn(1, 5, 8))
+    before = state.mel.clone()
+    for _ in range(8):
+        _, new = model.stream(torch.randn(1, 10, 8), state, final=False)
+        assert torch.equal(state.mel, before)
+        state, before = new, new.mel.clone()
+    assert state.mel.size(1) == sum(model.context())
+
+
+# weight norm
+
+
+def test_fold_and_unfold_keep_the_function():
+    model, mel = Generator(TINY), torch.randn(1, 5, 8)
+    plain, names = model(mel), set(model.state_dict())
+    assert torch.allclose(model.unfold()(mel), plain, atol=1e-5)
+    assert set(model.state_dict()) != names
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.01 * torch.randn_like(p))
+    moved = model(mel)
+    assert not torch.allclose(moved, plain, atol=1e-4)
+    assert torch.allclose(model.fold()(mel), moved, atol=1e-5)
+    assert set(model.state_dict()) == names
+
+
+def test_a_folded_checkpoint_goes_on_training():
+    model, mel = Generator(TINY).unfold(), torch.randn(1, 5, 8)
+    again = Generator(TINY)
+    load_exact(again, fold_weights(model.state_dict()))
+    again.unfold()
+    assert torch.allclose(again(mel), model(mel), atol=1e-5)
+    again(mel).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in again.parameters())
+
+
+def test_loading_names_the_key_that_does_not_fit():
+    model = Generator(TINY)
+    for change, name in [(lambda s: s.pop("ups.1.bias"), "ups.1.bias: missing"),
+                         (lambda s: s.update(extra=torch.zeros(1)), "extra: unknown"),
+                         (lambda s: s.update({"ups.0.bias": torch.zeros(2)}), "ups.0.bias")]:
+        state = dict(model.state_dict())
+        change(state)
+        with pytest.raises(ValueError, match=name):
+            load_exact(model, state)
+
+
+# published models
+
+
+def lengths(module):
+    """How many numbers weight norm would add: one a row of every weight that has it."""
+    return sum(w.size(0) for name, w in module.named_parameters()
+               if w.dim() == 3 and not name.startswith("source_downs"))
+
+
+@pytest.mark.parametrize("version, folded, trained", [
+    (1, 13_926_017, 13_936_130), (2, 925_985, 928_514), (3, 1_462_273, 1_464_322)])
+def test_hifigan_parameter_counts(version, folded, trained):
+    with torch.device("meta"):
+        model = Generator(hifigan(version, 22050))
+    assert parameters(model) == folded and folded + lengths(model) == trained
+
+
+def test_hift_parameter_count():
+    with torch.device("meta"):
+        model = HiFT(hift())
+    assert parameters(model) + lengths(model) == 20_460_591
+
+
+def test_discriminator_parameter_counts():
+    critic = Discriminator(hifigan(1))
+    assert parameters(critic.mpd) == 41_105_770 and parameters(critic.msd) == 29_618_821
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+@pytest.mark.parametrize("version", [2, 3])
+def test_original_hifigan_files_load(tmp_path, spelling, version):
+    source = Generator(hifigan(version, 22050)).eval()
+    torch.save({"generator": normed(source.state_dict(), spelling)}, tmp_path / "g.pth.tar")
+    model, mel = load_hifigan(str(tmp_path / "g.pth.tar")), torch.randn(1, 3, 80)
+    assert model.cfg.hop == 256 and model.cfg.sample_rate == 22050
+    assert torch.allclose(model(mel), source(mel), atol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", ["old", "new"])
+def test_released_hift_files_load(tmp_path, monkeypatch, spelling):
+    monkeypatch.setattr(vocoder, "hift", lambda: HIFT)
+    source, mel = HiFT(HIFT).eval(), torch.randn(1, 3, 8)
+    state = normed(source.state_dict(), spelling, plain="source_downs")
+    if spelling == "old":  # older files also have these
+        state = {"generator." + k: v[:, None] if k.endswith("alpha") else v
+                 for k, v in state.items()}
+    torch.save(state, tmp_path / "hift.pt")
+    assert torch.allclose(load_hift(str(tmp_path / "hift.pt"))(mel), source(mel), atol=1e-5)
+
+
+def test_hift_is_exact_in_length_and_a_function_of_its_seed():
+    model, mel = HiFT(HIFT).eval(), torch.randn(2, 3, 8)
+    before = torch.get_rng_state()
+    wave = model(mel, seed=1)
+    assert wave.shape == (2, 3 * 256) and wave.abs().max() <= 0.99
+    assert torch.equal(model(mel, seed=1), wave) and not torch.equal(model(mel, seed=2), wave)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_harmonics_sound_where_they_should():
+    cfg = hift()
+    f0 = torch.tensor([[220.5] * 40 + [0.0] * 40])
+    source = harmonics(f0, cfg, seed=0)[0]  # (N, 9)
+    voiced, silent = source[:10000], source[40 * 256 :]  # 10,000 samples: 100 periods, exactly
+    peaks = torch.fft.rfft(voiced, dim=0).abs().argmax(0) * cfg.sample_rate / 10000
+    assert torch.allclose(peaks, 220.5 * torch.arange(1, 10))
+    assert 0.02 < silent.std() < 0.05 < voiced.std()
+
+
+# discriminators and training
+
+
+def test_period_discriminators_are_the_original_2d_ones():
+    cfg = VocoderConfig(mpd=(4, 8, 8))
+    critic, wave = Discriminator(cfg).mpd, torch.randn(2, 301)
+    scores, features = critic(wave)
+    assert len(scores) == 5 and len(features) == 5 * 4
+    for period, stack, score in zip(cfg.periods, critic.stacks, scores):
+        x = F.pad(wave[:, None], (0, -301 % period), mode="reflect").unflatten(2, (-1, period))
+        for c in stack.convs:
+            x = F.conv2d(x, c.weight[..., None], c.bias, (c.stride[0], 1), (2, 0))
+            x = F.leaky_relu(x, 0.1)
+        x = F.conv2d(x, stack.post.weight[..., None], stack.post.bias, padding=(1, 0))
+        assert torch.allclose(score.flatten(), x.transpose(2, 3).flatten(), atol=1e-5)
+
+
+def test_losses_know_the_perfect_score():
+    one, zero, features = [torch.ones(2, 5)], [torch.zeros(2, 5)], [torch.randn(2, 3, 5)]
+    assert discriminator_loss(one, zero) == 0 and discriminator_loss(zero, one) == 2
+    assert generator_loss(one) == 0 and generator_loss(zero) == 1
+    assert feature_loss(features, features) == 0
+    assert mel_loss(torch.ones(1, 600), torch.ones(1, 600), TINY) == 0
+
+
+def test_mel_loss_shrinks_on_one_batch():
+    model = Generator(TINY).unfold()
+    t = torch.arange(900) / 24000
+    wave = 0.5 * torch.sin(2 * torch.pi * torch.tensor([[300.0], [700.0]]) * t)  # (2, N)
+    mel = mel_spectrogram(wave, TINY)
+    optimiser, losses = torch.optim.AdamW(model.parameters(), 5e-3, (0.8, 0.99)), []
+    for _ in range(40):
+        loss = mel_loss(wave, model(mel), TINY)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_critic_learns_and_teaches():
+    cfg = VocoderConfig(mpd=(4, 8), msd=((4, 15, 1, 1), (8, 17, 4, 2)))
+    critic, fake = Discriminator(cfg), 0.1 * torch.randn(2, 600)
+    real = 0.5 * torch.sin(torch.arange(600) / 10).expand(2, 600)
+    optimiser, losses = torch.optim.AdamW(critic.parameters(), 5e-3), []
+    for _ in range(20):
+        scores, _ = critic(torch.cat([real, fake]))
+        loss = discriminator_loss([s.chunk(2)[0] for s in scores], [s.chunk(2)[1] for s in scores])
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    fake.requires_grad_()
+    (_, real_maps), (scores, maps) = critic(real), critic(fake)
+    (generator_loss(scores) + feature_loss(real_maps, maps)).backward()
+    assert fake.grad.norm() > 0
