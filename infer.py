@@ -1,0 +1,272 @@
+"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
+
+    python infer.py question.wav                     # writes question.reply.wav
+    python infer.py question.wav --stream --out -    # raw 16-bit PCM on stdout, for a player
+    python infer.py --task tts --text "Hello there." --out hello.wav
+    python infer.py question.wav --task understand --labels asr,emotion,age
+    python infer.py --interactive                    # several turns, one wav path a line
+
+Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything else.
+"""
+import time
+
+BEGUN = time.time()  # before the heavy imports: the user waits for these too
+
+import argparse
+import json
+import os
+import re
+import sys
+
+import torch
+from tqdm import tqdm
+
+import model as echat
+from data import BadInput, Tokenizer, features, read_wave, write_wave
+from encoder import log_mel
+from model import BadCheckpoint, Sampling
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+SHORTEST, SILENCE = 0.2, 1e-4  # seconds, peak
+EMOTION = re.compile(r"^<([^<>]+)>\s*")
+
+
+class Chatbot:
+    """A loaded checkpoint with everything a turn needs."""
+
+    def __init__(self, args):
+        start = time.time()
+        self.args, self.device = args, pick_device(args.device)
+        self.tok = Tokenizer(args.model)
+        self.model = echat.load_echat(args.model, self.device)
+        self.voice = None
+        if args.task in ("s2s", "tts"):
+            self.voice = echat.load_token2wav(args.model, args.voice, self.device)
+        self.load_s, self.history = time.time() - start, []
+
+    def hear(self, path: str) -> torch.Tensor:
+        """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
+        wave = read_wave(path)
+        if len(wave) < SHORTEST * 16000:
+            raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
+        if wave.abs().max() < SILENCE:
+            raise BadInput(f"{path}: silence")
+        return log_mel(wave, self.model.cfg.encoder.n_mels)
+
+    def sampling(self) -> dict[str, Sampling]:
+        """The checkpoint's sampling with the flags of the command line on top, for both phases."""
+        flags = {"temperature": self.args.temperature, "top_k": self.args.top_k,
+                 "top_p": self.args.top_p}
+        given = {k: v for k, v in flags.items() if v is not None}
+        own = self.model.cfg.understand if self.args.task == "understand" else self.model.cfg.text
+        return {name: Sampling(**vars(base) | given)
+                for name, base in (("text", own), ("speech", self.model.cfg.speech))}
+
+    def tokens(self, mel, text: str):
+        args = self.args
+        if args.task == "understand":
+            text = echat.user_prompt(args.labels)
+        elif args.think == "natural":
+            text = echat.NATURAL
+        return self.model.answer(self.tok, args.task, mel, text, think=args.think != "off",
+                                 interleave=args.interleave, history=self.history, seed=args.seed,
+                                 max_tokens=args.max_tokens, **self.sampling())
+
+    def turn(self, path: str | None, text: str):
+        """One turn as events: ("text", piece), ("audio", wave chunk), ("done", result, wave)."""
+        start = time.time()
+        mel = None if path is None else self.hear(path)
+        words, codes, waves, times = [], [], [], {}
+        state = self.voice.start(self.args.seed) if self.voice else None
+
+        def speak(new: list[int], final: bool):
+            nonlocal state
+            wave, state = self.voice.stream(new, state, final)
+            if len(wave):
+                times.setdefault("first_audio_s", time.time() - start)
+                waves.append(wave)
+                yield "audio", wave
+
+        for kind, token in self.tokens(mel, text):
+            if kind == "text":
+                times.setdefault("first_text_s", time.time() - start)
+                words.append(token)
+                yield "text", self.tok.bytes_of(token) if token != self.tok.im_end else b""
+            elif token != self.model.cfg.decoder.codes:  # not the open or close of speech
+                codes.append(token)
+                yield from speak([token], False)
+        if self.voice:
+            yield from speak([], True)
+        wave = torch.cat(waves) if waves else None
+        rate = self.model.cfg.vocoder.sample_rate
+        seconds = 0.0 if wave is None else len(wave) / rate
+        times |= {"load_s": self.load_s, "total_s": time.time() - start}
+        times["rtf"] = times["total_s"] / seconds if seconds else None
+        answer = self.read(words)
+        frames = 0 if mel is None else self.model.audio_slots(len(mel))
+        self.history = (self.history + [(frames, answer["text"], codes)])[-5:]
+        yield "done", {
+            "wav": path, "task": self.args.task, **answer, "audio": None, "sample_rate": rate,
+            "seconds": round(seconds, 3), "codes": len(codes), "timings": {
+                k: times.get(k) and round(times[k], 3)
+                for k in ("load_s", "first_text_s", "first_audio_s", "total_s", "rtf")}}, wave
+
+    def read(self, ids: list[int]) -> dict:
+        """Text ids of an answer -> think, transcript, labels, reply text."""
+        ids = [i for i in ids if i != self.tok.im_end]
+        cut = echat.think_length(ids, self.tok)
+        full = self.tok.decode(ids)
+        think, text = None, full
+        if cut:
+            think, text = full.split(echat.THINK_END, 1)
+            think += echat.THINK_END
+        found = dict.fromkeys(("transcript", *echat.LABELS))
+        if self.args.task == "understand":
+            found.update(read_labels(text, self.args.labels))
+        elif think:
+            found.update(echat.read_think(think))
+        if tag := EMOTION.match(text) if self.args.task in ("s2s", "s2t") else None:
+            found["reply_emotion"], text = tag[1], text[tag.end():]
+        transcript = found.pop("transcript")
+        return {"think": think, "transcript": transcript, "labels": found, "text": text.strip()}
+
+
+def read_labels(text: str, wanted: list[str]) -> dict:
+    """ "words<SAD><OLD>" -> transcript and the labels that were asked for, in their order."""
+    tags = re.findall(r"<([^<>]+)>", text)
+    words = re.split(r"<[A-Z_]+>", text)[0].strip()
+    out = dict(zip([w for w in wanted if w != "asr"], tags))
+    return out | {"transcript": words or None} if "asr" in wanted else out
+
+
+def pick_device(name: str) -> str:
+    if name != "auto":
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def reply_path(wav: str | None, out: str | None) -> str:
+    """question.wav -> question.reply.wav beside it, or in the folder --out, or --out itself."""
+    name = (os.path.splitext(os.path.basename(wav))[0] if wav else "speech") + ".reply.wav"
+    if out is None:
+        return os.path.join(os.path.dirname(wav) if wav else ".", name)
+    return os.path.join(out, name) if os.path.isdir(out) or out.endswith("/") else out
+
+
+def lines_for_people(result: dict) -> str:
+    """What a person reads after a turn: think, reply and one line of timings."""
+    times = result["timings"]
+    lines = [f"think: {result['think']}"] if result["think"] else []
+    if result["task"] == "understand":
+        found = {"transcript": result["transcript"], **result["labels"]}
+        lines += [f"{k}: {v}" for k, v in found.items() if v]
+    elif result["text"]:
+        lines.append(f"reply: {result['text']}")
+    if result["audio"]:
+        lines.append(f"audio: {result['audio']} ({result['seconds']:.1f} s)")
+    spans = [("first text", "first_text_s"), ("first audio", "first_audio_s"), ("total", "total_s")]
+    parts = [f"{name} {times[key]:.2f} s" for name, key in spans if times[key] is not None]
+    if times["rtf"]:
+        parts.append(f"real-time factor {times['rtf']:.2f}")
+    return "\n".join(lines + [", ".join(parts)])
+
+
+def emit(event: dict) -> None:
+    print(json.dumps(event, ensure_ascii=False), flush=True)
+
+
+def play(bot: Chatbot, wav: str | None, text: str) -> None:
+    """Run one turn and write what the flags ask for."""
+    args, raw = bot.args, bot.args.out == "-"
+    target = None if raw else reply_path(wav, args.out)
+    bar = tqdm(desc=os.path.basename(wav or args.task), unit=" tokens", leave=False,
+               disable=not sys.stderr.isatty())
+    chunks = 0
+    for event, *payload in bot.turn(wav, text):
+        bar.update()
+        if event == "audio" and raw:
+            sys.stdout.buffer.write((payload[0].clamp(-1, 1) * 32767).short().numpy().tobytes())
+            sys.stdout.buffer.flush()
+        elif event == "audio" and args.stream:
+            path = f"{os.path.splitext(target)[0]}.{chunks:03d}.wav"
+            write_wave(path, payload[0], bot.model.cfg.vocoder.sample_rate)
+            chunks += 1
+            if args.json:
+                emit({"event": "audio", "path": path, "samples": len(payload[0])})
+        elif event == "text" and args.stream and args.json:
+            emit({"event": "text", "text": payload[0].decode(errors="replace")})
+        elif event == "done":
+            bar.close()
+            result, wave = payload
+            if wave is not None and not raw:
+                write_wave(target, wave, bot.model.cfg.vocoder.sample_rate)
+                result["audio"] = target
+            if args.json:
+                emit({"event": "done", **result} if args.stream else result)
+            else:
+                print(lines_for_people(result), file=sys.stderr if raw else sys.stdout, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description="Talk to EChat: a wav in, a think and a spoken reply out.")
+    p.add_argument("wavs", nargs="*", metavar="question.wav")
+    p.add_argument("--model", default=os.path.join(HERE, "assets", "mini"), help="checkpoint folder")
+    p.add_argument("--task", default="s2s", choices=("s2s", "s2t", "t2t", "tts", "understand"))
+    p.add_argument("--text", default="", help="the question (t2t) or the words to speak (tts)")
+    p.add_argument("--labels", default="asr,emotion,gender,age,event", help="for understand")
+    p.add_argument("--think", default="label", choices=("label", "natural", "off"))
+    p.add_argument("--interleave", action="store_true", help="6 text : 18 speech tokens")
+    p.add_argument("--stream", action="store_true", help="write chunks while the model speaks")
+    p.add_argument("--voice", help="voice.safetensors of another voice")
+    p.add_argument("--out", help="wav to write, folder, or - for raw PCM on stdout")
+    p.add_argument("--json", action="store_true", help="one JSON object a wav on stdout")
+    p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--max-tokens", type=int, default=1200)
+    p.add_argument("--temperature", type=float)
+    p.add_argument("--top-k", type=int)
+    p.add_argument("--top-p", type=float)
+    p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
+    args = p.parse_args()
+    args.labels = [w.strip() for w in args.labels.split(",")]
+    for w in args.labels:
+        if w not in echat.TAGS.values():
+            p.error(f"--labels: {w!r} is not among {', '.join(sorted(set(echat.TAGS.values())))}")
+    if args.task in ("t2t", "tts") and (not args.text.strip() or args.wavs):
+        p.error(f"--task {args.task} takes --text and no wav")
+    if args.task not in ("t2t", "tts") and not (args.wavs or args.interactive):
+        p.error("a wav is needed")
+    if args.out and len(args.wavs) > 1 and not (os.path.isdir(args.out) or args.out.endswith("/")):
+        p.error("--out must be a folder when there are several wavs")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    failed = False
+    try:
+        bot = Chatbot(args)
+        if args.out and args.out.endswith("/"):
+            os.makedirs(args.out, exist_ok=True)
+        turns = (line.strip() for line in sys.stdin) if args.interactive else args.wavs or [None]
+        for wav in filter(lambda w: w != "", turns):
+            try:
+                play(bot, wav, args.text)
+            except BadInput as e:
+                print(f"infer.py: {e}", file=sys.stderr)
+                failed = True
+            if not args.interactive:
+                bot.history = []
+    except (BadInput, BadCheckpoint) as e:
+        print(f"infer.py: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:
+        print(f"infer.py: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(2 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

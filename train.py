@@ -1,0 +1,693 @@
+"""Training: every stage of the paper, one script. Sections Training, App. A.3 and B.1.
+
+    python train.py --stage align --preset mini --data corpus/asr.train.jsonl --init runs/text \
+        --whisper whisper_tiny_en.safetensors --out runs/align
+    torchrun --nproc_per_node 8 train.py --stage s2s ...      # CUDA, NPU, or CPU with gloo
+    python train.py ... --resume                              # go on after a stop
+    python train.py --stage empathy --data LIST --init runs/s2s --show 3    # look at samples
+
+Read it top to bottom: the table of stages, then the method (think, unknown labels, interleave,
+label building, the loss of eq. 1-4), then what is trained beside the LLM (S3, flow, vocoder), then the loop.
+
+Tensor legend: B batch, L tokens, T mel frames, N samples, V text vocabulary.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import data
+import model as echat
+from data import BadInput, Mixture, Source, Tokenizer
+from encoder import SpeechTokenizer, load_whisper
+from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
+from vocoder import Discriminator, discriminator_loss, feature_loss, generator_loss, mel_loss, \
+    mel_spectrogram
+
+# ---------------------------------------------------------------------------------------------
+# The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in 6:18
+# form in the first epoch and later ones; `think` = share of dialogues that think first; `s2t` =
+# share of spoken dialogues that answer in text only. The data of earlier steps stay in: name
+# every list with its weight, e.g. --data asr.jsonl:1 --data asrp.jsonl:1.
+
+
+@dataclass
+class Stage:
+    trains: tuple[str, ...]
+    budget: int = 2800  # computed positions a batch (LLM tokens; frames for flow and vocoder)
+    interleave: tuple[float, float] = (0.0, 0.0)
+    think: float = 0.0
+    s2t: float = 0.0
+
+
+STAGES = {
+    "text": Stage(("decoder",)),  # the paper takes Qwen2.5 as given
+    "align": Stage(("adapter",)),  # 1.1: ASR only
+    "understand": Stage(("adapter", "encoder")),  # 1.2: ASR+P
+    "paralinguistic": Stage(("adapter", "encoder")),  # 1.3: + only P
+    "full-label": Stage(("adapter", "encoder")),  # 1.4: + all labels at once
+    # Released freeze list "llm" would freeze the speech embedding and head; here they train.
+    "tts": Stage(("decoder",), interleave=(0.0, 0.5)),  # 2.1
+    "s2s": Stage(("encoder", "adapter", "decoder"), interleave=(0.0, 0.5)),  # 2.2
+    "empathy": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=1.0, s2t=0.1),
+    "distill": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=0.5, s2t=0.1),
+    "tokenizer": Stage(("s3",), budget=8000),
+    "flow": Stage(("flow",), budget=3200),
+    "vocoder": Stage(("vocoder",), budget=544),
+}
+
+# ---------------------------------------------------------------------------------------------
+# The method: a record becomes one sequence. Facts 3.3-3.6 of the released code.
+
+PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
+TAG = re.compile(r"<[A-Z_]+>")
+
+
+@dataclass
+class Sample:
+    """ids with AUDIO slots; targets -100 where there is no loss; part: index into PARTS."""
+    ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    part: list[int] = field(default_factory=list)
+    attend: list[bool] = field(default_factory=list)
+    audio: tuple | None = None  # path, start, end in seconds
+
+    @property
+    def length(self) -> int:
+        return len(self.ids)
+
+    def add(self, ids: list[int], part: str | None = None, unknown: set = frozenset()) -> None:
+        """Append ids, with loss if they belong to a part.
+
+        Structured sparse learning (eq. 4): the placeholder of an unknown label is no target, is
+        attended by nobody, and its embedding is row 0; what stands around it trains as usual.
+        """
+        seen = [i not in unknown for i in ids]
+        self.ids += [i if s else 0 for i, s in zip(ids, seen)]
+        self.targets += [i if s and part else -100 for i, s in zip(ids, seen)]
+        self.part += [PARTS.index(part) if part else -1] * len(ids)
+        self.attend += seen
+
+
+def interleave(text: list[int], speech: list[int]) -> list[tuple[str, list[int]]]:
+    """6 text tokens, 18 speech tokens, and so on; when the text (its end counts) is out, all the
+    speech that is left. `speech` has its open and close; 3 x text <= speech, or text lags behind."""
+    out = []
+    while text:
+        out += [("text", text[:echat.TEXT_BLOCK])]
+        text = text[echat.TEXT_BLOCK:]
+        take = echat.SPEECH_BLOCK if text else len(speech)
+        out += [("speech", speech[:take])]
+        speech = speech[take:]
+    return out
+
+
+def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: Tokenizer,
+             cfg: echat.Config) -> Sample | str:
+    """One record of a list -> the sequence it trains, or the reason why it is rejected."""
+    task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
+    V, close = cfg.decoder.vocab, cfg.decoder.codes
+    sample, frames, history = Sample(), 0, []
+    if task.startswith("<TEXT2T"):
+        kind = "t2t" if task == "<TEXT2TEXT>" else "tts"
+    else:
+        start, end = record.get("start", 0.0), record.get("end")
+        if not record.get("wav") or not os.path.exists(record["wav"]):
+            return "no wav"
+        seconds = (end or data.seconds_of(record["wav"])) - start
+        frames = echat.EChat.audio_slots(int(seconds * 100 + 1e-6))
+        if not 20 <= seconds * 100 <= 20000:
+            return "audio shorter than 0.2 s or longer than 200 s"
+        sample.audio = (record["wav"], start, end)
+        kind = "understand" if "<S2TCHAT" not in task else \
+            "s2s" if "<TEXT2TOKEN>" in task else "s2t"
+    speaks = kind in ("tts", "s2s")
+    codes = extra.get("speech_token") or []
+    if speaks and not codes:
+        return "no speech_token"
+    if speaks and max(codes) >= close:
+        return "speech code out of range"
+    speech = [V + close, *(V + c for c in codes), V + close]
+
+    if kind == "t2t":
+        sample.add(prompt("t2t", tok, cfg.decoder, text=extra["question"]))
+        sample.add([*tok.encode(txt), tok.im_end], "text")
+        return sample
+    if kind == "understand":  # eq. 1: the words, then the labels
+        wanted = [echat.TAGS[t] for t in TAG.findall(task) if t in echat.TAGS]
+        sample.add(prompt("understand", tok, cfg.decoder, frames, echat.user_prompt(wanted)))
+        words = len(TAG.split(txt)[0].encode())
+        at = 0
+        for token in tok.encode(txt):
+            sample.add([token], "asr" if at < words else "p", tok.unknown)
+            at += len(tok.bytes_of(token))
+        if not txt.endswith(echat.UNKNOWN):
+            sample.add([tok.im_end], "p" if at > words else "asr")
+        return sample
+
+    if kind == "s2s" and rng.random() < stage.s2t:
+        kind, speaks = "s2t", False
+    stream = "<STREAMING>" in task or rng.random() < stage.interleave[min(epoch, 1)]
+    if kind == "tts":  # eq. 2
+        text = [*tok.encode(txt), tok.im_end]
+        stream = stream and 3 * len(text) <= len(speech)
+        sample.add(prompt("tts_stream" if stream else "tts", tok, cfg.decoder, text=txt))
+        if not stream:
+            sample.add(speech[1:], "speech")  # the prompt has opened it
+        for part, ids in interleave(text, speech) if stream else ():
+            sample.add(ids, part)
+        return sample
+
+    # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
+    think, user, history = "", "", extra.get("history", [])
+    if rng.random() < stage.think:
+        if "think_str" in extra and rng.random() < 0.25:
+            think = echat.THINK + extra["think_str"] + echat.THINK_END
+            user = echat.NATURAL if cfg.language == "en" else ""
+            txt = TAG.sub("", txt, count=1) if TAG.match(txt) else txt
+        else:
+            labels = {"age": extra.get("age"), "gender": extra.get("gender"),
+                      "emotion": extra.get("q_emotion"), "event": extra.get("caption"),
+                      "reply_emotion": extra.get("emotion")}
+            think = label_think(cfg.language, extra.get("q_txt", ""), labels)
+    answer = [*tok.encode(think + txt), tok.im_end]  # one string: `>` may merge with what follows
+    thought = think_length(answer, tok)
+    text = answer[thought:]
+    stream = speaks and stream and 3 * len(text) <= len(speech)
+    name = kind + ("_stream" if stream else "") + ("_think" if think else "")
+    sample.add(prompt(name, tok, cfg.decoder, frames, user, history))
+    sample.add(answer[:thought], "think", tok.unknown)
+    if stream:
+        for part, ids in interleave(text, speech):
+            sample.add(ids, part)
+    else:
+        sample.add(text, "text")
+        sample.add(speech if speaks else [], "speech")
+    return sample
+
+
+class Dialogue:
+    """What the LLM stages train: EChat with the dual-think masked loss, eq. 1-4."""
+
+    turns = ("model",)
+
+    def __init__(self, args, cfg, stage):
+        self.cfg, self.args = cfg, args
+        self.tok = Tokenizer(args.init or args.out)
+        self.module = EChat(cfg)
+        load_if_there(self.module, args.init, "model.safetensors")
+        if args.whisper:
+            self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
+        self.parameters = {"model": trainable(self.module, stage.trains)}
+        self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
+
+    def collate(self, samples: list[Sample], seed: str) -> dict:
+        rng = random.Random(seed)
+        batch = {"ids": data.pad_stack([torch.tensor(s.ids) for s in samples]),
+                 "targets": data.pad_stack([torch.tensor(s.targets) for s in samples], -100),
+                 "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1)}
+        if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
+            batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
+        if samples[0].audio:
+            mels = [data.features(s.audio[0], self.cfg.encoder.n_mels, *s.audio[1:])
+                    for s in samples]
+            batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
+            batch["mel"] = data.pad_stack([data.spec_augment(m, rng) for m in mels]
+                                          if self.args.augment else mels)
+        return batch
+
+    def weight(self, batch: dict) -> int:
+        """Target tokens, over which the loss is a mean: short and long samples weigh each alike."""
+        return int((batch["targets"] != -100).sum())
+
+    def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
+        _, each = self.module(batch["ids"], batch.get("mel"), batch.get("mel_lengths"),
+                              batch.get("attend"), batch["targets"])  # (n,)
+        part = batch["part"][batch["targets"] != -100]  # the same order as the targets'
+        stats = {name: (each.detach()[part == i].sum(), (part == i).sum())
+                 for i, name in enumerate(PARTS)}
+        return each.sum() / len(each), stats
+
+    def save(self, folder: str) -> None:
+        echat.save_weights(os.path.join(folder, "model.safetensors"), self.module)
+
+
+# ---------------------------------------------------------------------------------------------
+# What the paper takes as given: the S3 tokenizer, and token2wav (pre-trained from scratch)
+
+
+@dataclass
+class Clip:
+    """A piece of audio: path, first second, frames (100 Hz), and what belongs to it."""
+    path: str
+    start: float
+    length: int
+    text: str = ""
+    codes: list[int] = field(default_factory=list)
+
+
+class S3:
+    """Supervised speech tokenizer: recognise the text through the codes (CTC over its bytes)."""
+
+    turns = ("model",)
+
+    def __init__(self, args, cfg, stage):
+        self.cfg, self.args = replace(cfg.s3, vocab=256), args
+        self.module = SpeechTokenizer(self.cfg)
+        if not load_if_there(self.module, args.init, "tokenizer_s3.safetensors") and args.whisper:
+            self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
+        self.parameters = {"model": list(self.module.parameters())}
+
+    def prepare(self, batches) -> None:
+        """k-means on the first batches: the codebook starts where the features are."""
+        self.module.eval()
+        rows = []
+        with torch.no_grad():
+            for batch in batches:
+                x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
+                rows += [r[:n] for r, n in zip(x, lengths)]
+        self.module.init_codebook(torch.cat(rows))
+
+    def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
+        text = TAG.sub("", record["txt"]).lower()
+        seconds = data.seconds_of(record["wav"])
+        if not 0.3 <= seconds <= 20 or not text:
+            return "no text, or audio outside 0.3 .. 20 s"
+        return Clip(record["wav"], 0, int(seconds * 100), text)
+
+    def collate(self, clips: list[Clip], seed: str) -> dict:
+        mels = [data.features(c.path, self.cfg.n_mels) for c in clips]
+        texts = [torch.tensor(list(c.text.encode())) for c in clips]
+        return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
+                "text": data.pad_stack(texts), "text_lengths": torch.tensor([len(t) for t in texts])}
+
+    def weight(self, batch: dict) -> int:
+        return len(batch["mel"])
+
+    def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
+                                     batch["text_lengths"])
+        return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
+
+    def save(self, folder: str) -> None:
+        echat.save_weights(os.path.join(folder, "tokenizer_s3.safetensors"), self.module)
+
+
+class Voice:
+    """Common to flow and vocoder: clips of 24 kHz speech, the token2wav file."""
+
+    def __init__(self, args, cfg, stage):
+        self.cfg, self.args = cfg, args
+        voice = os.path.join(args.init or "", "voice.safetensors")
+        self.whole = Token2Wav(cfg, echat.read_weights(voice) if os.path.exists(voice) else {})
+        load_if_there(self.whole, args.init, "token2wav.safetensors")
+
+    def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
+        path = record["extra"].get("reply_wav") or record["wav"]
+        frames = int(data.seconds_of(path) * 100)
+        codes = record["extra"].get("speech_token") or []
+        frames = min(frames, 4 * len(codes)) if self.needs_codes else frames
+        length = min(frames, self.longest) // 4 * 4
+        if length < self.shortest:
+            return "too short"
+        first = rng.randint(0, (frames - length) // 4) * 4
+        return Clip(path, first / 100, length, "", codes[first // 4:(first + length) // 4])
+
+    def waves(self, clips: list[Clip]) -> Tensor:
+        rate, hop = self.cfg.vocoder.sample_rate, self.cfg.vocoder.hop
+        waves = [data.read_wave(c.path, rate, c.start, c.start + c.length / 100) for c in clips]
+        return data.pad_stack([w[:c.length * hop] for w, c in zip(waves, clips)])  # (B, N)
+
+    def weight(self, batch: dict) -> int:
+        return batch["wave"].shape[0]
+
+    def save(self, folder: str) -> None:
+        echat.save_weights(os.path.join(folder, "token2wav.safetensors"), self.folded())
+
+
+class FlowStage(Voice):
+    """Conditional flow matching: codes -> mel."""
+
+    turns, needs_codes, longest, shortest = ("model",), True, 240, 40
+
+    def __init__(self, args, cfg, stage):
+        super().__init__(args, cfg, stage)
+        self.module = self.whole.flow
+        self.parameters = {"model": list(self.module.parameters())}
+
+    def collate(self, clips: list[Clip], seed: str) -> dict:
+        codes = [torch.tensor(c.codes) for c in clips]
+        return {"wave": self.waves(clips), "codes": data.pad_stack(codes),
+                "lengths": torch.tensor([len(c) for c in codes]), "seed": seed}
+
+    def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        mel = mel_spectrogram(batch["wave"], self.cfg.vocoder)
+        spk = self.whole.voice["spk"].expand(len(mel), -1)
+        _, loss = self.module(batch["codes"], batch["lengths"], mel, spk)
+        return loss, {"flow": (loss.detach(), 1)}
+
+    def folded(self) -> dict:
+        return self.whole.state_dict()
+
+
+class VocoderStage(Voice):
+    """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3)."""
+
+    needs_codes, longest, shortest = False, 34, 32
+
+    def __init__(self, args, cfg, stage):
+        super().__init__(args, cfg, stage)
+        self.module = nn.ModuleDict({"generator": self.whole.vocoder.unfold(),
+                                     "discriminator": Discriminator(cfg.vocoder)})
+        self.turns = ("discriminator", "generator")
+        self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
+        self.step = 0
+
+    def collate(self, clips: list[Clip], seed: str) -> dict:
+        return {"wave": self.waves(clips)}
+
+    def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        """The discriminator's turn, then the generator's, on the same made waves."""
+        G, D, real = self.module["generator"], self.module["discriminator"], batch["wave"]
+        D.requires_grad_(turn == "discriminator")
+        if turn == "discriminator":
+            self.step += 1
+        alone = self.step <= self.args.mel_only  # mel loss first: a GAN on noise teaches nothing
+        if "fake" not in batch:
+            batch["fake"] = G(mel_spectrogram(real, self.cfg.vocoder))
+        fake = batch["fake"]
+        if turn == "discriminator":
+            if alone:
+                return sum(p.sum() for p in D.parameters()) * 0, {}
+            loss = discriminator_loss(D(real)[0], D(fake.detach())[0])
+            return loss, {"d": (loss.detach(), 1)}
+        loss = mel_loss(real, fake, self.cfg.vocoder)
+        stats = {"mel": (loss.detach(), 1)}
+        if not alone:
+            with torch.no_grad():
+                _, wanted = D(real)
+            scores, made = D(fake)
+            parts = {"g": generator_loss(scores), "fm": feature_loss(wanted, made)}
+            loss = loss + sum(parts.values())
+            stats |= {k: (v.detach(), 1) for k, v in parts.items()}
+        return loss, stats
+
+    def folded(self) -> dict:
+        plain = Token2Wav(self.cfg, {}).vocoder
+        plain.unfold().load_state_dict(self.module["generator"].state_dict())
+        flow = {f"flow.{k}": v for k, v in self.whole.flow.state_dict().items()}
+        return flow | {f"vocoder.{k}": v for k, v in plain.fold().state_dict().items()}
+
+
+KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}
+
+# ---------------------------------------------------------------------------------------------
+# The loop
+
+
+def load_if_there(module: nn.Module, folder: str | None, name: str) -> bool:
+    path = os.path.join(folder or "", name)
+    if folder and os.path.exists(path):
+        echat.fit(module, {k: v.float() for k, v in echat.read_weights(path).items()}, path)
+        return True
+    return False
+
+
+def trainable(module: EChat, names: tuple[str, ...]) -> list[nn.Parameter]:
+    """Freeze all but the named components; returns what is left to train."""
+    for name, part in module.named_children():
+        part.requires_grad_(name in names)
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def learning_rate(step: int, peak: float, warmup: int) -> float:
+    """Linear warm-up, then inverse square root (Vaswani et al. 2017), step from 1."""
+    return peak * min(step / max(1, warmup), math.sqrt(max(1, warmup) / step))
+
+
+def all_reduce(tensors: list[Tensor]) -> None:
+    """Sum over ranks in one message."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(new.view_as(t))
+
+
+def to(batch: dict, device: str) -> dict:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v
+            for k, v in batch.items()}
+
+
+class Trainer:
+    """Batches -> steps -> log and checkpoint; one process or many."""
+
+    def __init__(self, args):
+        self.args, self.stage = args, STAGES[args.stage]
+        self.rank, self.world, self.device = setup(args.device)
+        torch.manual_seed(args.seed)
+        cfg = self.config()
+        self.trainee = KINDS.get(args.stage, Dialogue)(args, cfg, self.stage)
+        self.cfg = cfg
+        self.trainee.module.to(self.device)
+        self.optimizers = {turn: torch.optim.AdamW(
+            p, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
+            fused=self.device != "mps") for turn, p in self.trainee.parameters.items()}
+        self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
+
+    def config(self) -> echat.Config:
+        args = self.args
+        if args.init and os.path.exists(os.path.join(args.init, "config.json")):
+            return echat.load_config(args.init)
+        return echat.PRESETS[args.preset]()
+
+    def loader(self, lists: list[str], seed: int, state=None):
+        sources = []
+        for item in lists:
+            path, _, weight = item.rpartition(":")
+            path, weight = (path, float(weight)) if path else (item, 1.0)
+            size = sum(1 for _ in open(path, "rb")) if os.path.exists(path) else 1
+            sources.append(Source(path, weight * size, self.trainee.make,
+                                  self.args.batch_tokens or self.stage.budget, seed))
+        mixture = Mixture(sources, self.trainee.collate, seed, self.rank, self.world, state)
+        return iter(torch.utils.data.DataLoader(mixture, None, num_workers=self.args.workers))
+
+    def run(self) -> None:
+        args, trainee = self.args, self.trainee
+        if args.resume:
+            self.restore()
+        batches = self.loader(args.data, args.seed, self.data_state)
+        if hasattr(trainee, "prepare") and not self.step and not args.init:
+            trainee.prepare([next(batches)[0] for _ in range(args.prepare_batches)])
+        trainee.module.train()
+        begun = window = time.time()
+        waited, seen, sums = 0.0, 0, {}
+        while self.step < args.steps and time.time() - begun < args.minutes * 60:
+            start = time.time()
+            micro = [next(batches) for _ in range(args.accum)]
+            self.data_state = micro[-1][1]
+            micro = [to(batch, self.device) for batch, _ in micro]
+            waited += time.time() - start
+            self.step += 1
+            if stats := self.update(micro):
+                for name, (value, count) in stats.items():
+                    old = sums.get(name, (0, 0))
+                    sums[name] = (old[0] + value, old[1] + count)
+            seen += sum(b[k].numel() for b in micro for k in ("ids", "wave", "mel")
+                        if k in b and (k != "mel" or "ids" not in b))
+            if self.step % args.log_every == 0:
+                line = {"step": self.step, "lr": self.lr, "rate": seen / (time.time() - window),
+                        "wait": waited / (time.time() - window), "minutes": (time.time() - begun) / 60}
+                line |= {k: float(v) / max(1, float(n)) for k, (v, n) in sums.items() if n > 0}
+                self.log(line)
+                window, waited, seen, sums = time.time(), 0.0, 0, {}
+            if args.valid and self.step % args.valid_every == 0:
+                self.log({"step": self.step} | self.validate())
+            if self.step % args.save_every == 0:
+                self.save()
+        self.save()
+
+    def update(self, micro: list[dict]) -> dict | None:
+        """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
+        total = torch.tensor([float(sum(self.trainee.weight(b) for b in micro))])
+        if self.world > 1:
+            dist.all_reduce(total)
+        self.lr = learning_rate(self.step, self.args.lr, self.args.warmup)
+        out = {}
+        for turn in self.trainee.turns:
+            optimizer = self.optimizers[turn]
+            optimizer.zero_grad(set_to_none=False)
+            finite = True
+            for batch in micro:
+                loss, stats = self.trainee.loss(turn, batch)
+                (loss * (self.trainee.weight(batch) / total.item())).backward()
+                finite = finite and bool(torch.isfinite(loss))
+                for name, (value, count) in stats.items():
+                    old = out.get(name, (0, 0))
+                    out[name] = (old[0] + value, old[1] + count)
+            parameters = [p for p in self.trainee.parameters[turn]]
+            if self.world > 1:
+                for p in parameters:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                all_reduce([p.grad for p in parameters])
+            norm = nn.utils.clip_grad_norm_(parameters, self.args.clip)
+            if not finite or not bool(torch.isfinite(norm)):
+                self.bad += 1
+                if self.bad >= 10:
+                    raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
+                return None
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr
+            optimizer.step()
+        self.bad = 0
+        return out
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Mean loss parts over the first batches of the held-out lists."""
+        module, sums = self.trainee.module.eval(), {}
+        batches = self.loader(self.args.valid, 1)
+        for _ in range(self.args.valid_batches):
+            batch = to(next(batches)[0], self.device)
+            for name, (value, count) in self.trainee.loss(self.trainee.turns[-1], batch)[1].items():
+                old = sums.get(name, (0, 0))
+                sums[name] = (old[0] + value, old[1] + count)
+        module.train()
+        return {f"valid_{k}": float(v) / max(1, float(n)) for k, (v, n) in sums.items() if n > 0}
+
+    def log(self, line: dict) -> None:
+        if self.rank:
+            return
+        print(" ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                       for k, v in line.items()), file=sys.stderr, flush=True)
+        os.makedirs(self.args.out, exist_ok=True)
+        with open(os.path.join(self.args.out, "log.jsonl"), "a", encoding="utf-8") as f:
+            f.write(json.dumps({"stage": self.args.stage} | line) + "\n")
+
+    def save(self) -> None:
+        """The run's folder is a checkpoint folder: what this stage does not train is carried over."""
+        if self.rank:
+            return
+        out, init = self.args.out, self.args.init
+        os.makedirs(out, exist_ok=True)
+        for name in CARRIED:
+            if init and os.path.exists(os.path.join(init, name)) \
+                    and not os.path.exists(os.path.join(out, name)):
+                shutil.copy(os.path.join(init, name), os.path.join(out, name))
+        echat.save_config(out, self.cfg)
+        self.trainee.save(out)
+        state = {"step": self.step, "data": self.data_state, "rng": torch.get_rng_state(),
+                 "module": self.trainee.module.state_dict(),
+                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
+        torch.save(state, os.path.join(out, "state.pt.tmp"))
+        os.replace(os.path.join(out, "state.pt.tmp"), os.path.join(out, "state.pt"))
+
+    def restore(self) -> None:
+        path = os.path.join(self.args.out, "state.pt")
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, ValueError) as e:
+            raise BadInput(f"{path}: cannot resume ({e})") from None
+        self.step, self.data_state = state["step"], state["data"]
+        self.trainee.module.load_state_dict(state["module"])
+        for turn, saved in state["optimizers"].items():
+            self.optimizers[turn].load_state_dict(saved)
+        torch.set_rng_state(state["rng"])
+
+
+CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
+           "tokenizer_s3.safetensors", "voice.safetensors")
+
+
+def setup(device: str) -> tuple[int, int, str]:
+    """rank, world size, device; starts the process group under torchrun."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else \
+            "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group({"cuda": "nccl", "npu": "hccl"}.get(device, "gloo"))
+    if device != "cpu":
+        device = f"{device}:{os.environ['LOCAL_RANK']}"
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def show(trainer: Trainer, count: int) -> None:
+    """Print what samples become: grey without loss, a colour for each part with loss."""
+    colours = {-1: "\033[90m", 0: "\033[32m", 1: "\033[33m", 2: "\033[35m", 3: "\033[36m",
+               4: "\033[34m"}
+    V, tok = trainer.cfg.decoder.vocab, trainer.trainee.tok
+    for path in trainer.args.data:
+        rng = random.Random(trainer.args.seed)
+        for record, _ in zip(data.records(path.rpartition(":")[0] or path), range(count)):
+            sample = trainer.trainee.make(record, 1, rng)
+            if isinstance(sample, str):
+                print(f"rejected: {sample}")
+                continue
+            for i, t, p, a in zip(sample.ids, sample.targets, sample.part, sample.attend):
+                word = "~" if i == AUDIO else f"[{i - V}]" if i >= V else tok.decode([i])
+                print(f"{colours[p if t != -100 else -1]}{word if a else '<&&>'}", end="")
+            print("\033[0m\n")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--stage", choices=STAGES, required=True)
+    p.add_argument("--preset", choices=echat.PRESETS, default="mini")
+    p.add_argument("--data", action="append", required=True, help="LIST[:WEIGHT], repeatable")
+    p.add_argument("--out", default="runs/out", help="folder of the run, itself a checkpoint")
+    p.add_argument("--init", help="checkpoint folder to start from")
+    p.add_argument("--whisper", help="Whisper weights for the encoder (safetensors)")
+    p.add_argument("--resume", action="store_true")
+    p.add_argument("--show", type=int, default=0, help="print N samples and stop")
+    p.add_argument("--steps", type=int, default=10**9)
+    p.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
+    p.add_argument("--lr", type=float, default=5e-6)
+    p.add_argument("--warmup", type=int, default=8000)
+    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
+    p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--clip", type=float, default=5.0)
+    p.add_argument("--accum", type=int, default=4)
+    p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
+    p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
+    p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
+    p.add_argument("--prepare-batches", type=int, default=8, help="tokenizer: for the k-means")
+    p.add_argument("--train-decoder", action="store_true",
+                   help="stage 1 trains the decoder too (a decoder that is not a real LLM)")
+    p.add_argument("--valid", action="append", default=[])
+    p.add_argument("--valid-every", type=int, default=500)
+    p.add_argument("--valid-batches", type=int, default=10)
+    p.add_argument("--log-every", type=int, default=20)
+    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--workers", type=int, default=1)
+    p.add_argument("--seed", type=int, default=777)
+    p.add_argument("--device", default="auto")
+    args = p.parse_args()
+    if args.train_decoder:
+        STAGES[args.stage] = replace(STAGES[args.stage],
+                                     trains=STAGES[args.stage].trains + ("decoder",))
+    try:
+        trainer = Trainer(args)
+        show(trainer, args.show) if args.show else trainer.run()
+    except (BadInput, echat.BadCheckpoint) as e:
+        sys.exit(f"train.py: {e}") if "RANK" in os.environ else fail(str(e))
+
+
+def fail(message: str) -> None:
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
