@@ -188,9 +188,9 @@ class Codebook(nn.Module):
         super().__init__()
         self.decay = decay
         self.register_buffer("fitted", torch.tensor(False))  # fit() was called, or codes loaded
-        self.register_buffer("embed", F.normalize(torch.randn(size, dim), dim=-1))
+        self.register_buffer("embed", torch.zeros(size, dim))
         self.register_buffer("counts", torch.ones(size))  # moving average of uses a batch
-        self.register_buffer("sums", self.embed.clone())  # ... and of the sum of those features
+        self.register_buffer("sums", torch.zeros(size, dim))  # ... and of the sum of those features
 
     def nearest(self, x: Tensor) -> Tensor:
         """x (N, D) -> index (N,) of the nearest code. |x - e|^2 has the same order as
@@ -225,18 +225,18 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, rounds: int = 10) -> None:
-        """k-means on x (N, D), N >= K, from K of its points; empty clusters draw a new point."""
+        """k-means on x (N, D), N >= K, from random points; empty clusters draw a new one."""
         if len(x) < len(self.embed):
             raise ValueError(f"k-means of {len(self.embed)} codes needs as many features, "
                              f"got {len(x)}")
-        self.counts.fill_(1), self.fitted.fill_(True)
-        self.embed.copy_(x[torch.randperm(len(x), device=x.device)[:len(self.embed)]])
+        self.fitted.fill_(True)
+        self.reset(torch.ones_like(self.counts, dtype=torch.bool), x)
         for _ in range(rounds):
             counts, sums = self.totals(x, self.nearest(x))
             scale = counts.mean()  # so that counts average 1, as if after one small batch
             self.counts.copy_(counts / scale)
             self.sums.copy_(sums / scale)
-            self.embed.copy_(self.sums / self.counts.clamp(min=1e-6)[:, None])
+            self.embed.copy_(sums / counts[:, None])  # 0 / 0 where empty: drawn anew
             self.reset(counts == 0, x)
 
 
