@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 @dataclass
 class AdapterConfig:
-    d_in: int = 384  # paper: 1024 (Whisper medium) -> 2048 (Qwen2.5-3B), 4 heads, 4 layers, ffn 2560
-    d_out: int = 320
+    d_in: int = 384  # paper: 1024, Whisper medium
+    d_out: int = 320  # 2048, Qwen2.5-3B
     n_heads: int = 4
     n_layers: int = 4
-    ffn: int = 768
+    ffn: int = 768  # 2560
     dropout: float = 0.1
 
 
@@ -126,18 +126,17 @@ def load_osum(state: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(r"^speech_transformer\.encoders\.", "blocks.", old)
             block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.\w+)", name).groups("")
             found[block + NAMES.get(module, module) + kind] = old, value
-    size = {}
-    for field, name in (("d_in", "embed.weight"), ("d_out", "proj.weight"),
-                        ("ffn", "blocks.0.mlp.0.weight")):
-        if name not in found:
-            raise ValueError(f"{name}: missing from these weights")
-        size[field] = len(found[name][1])
+    widths = {"d_in": "embed", "d_out": "proj", "ffn": "blocks.0.mlp.0"}
+    for module in widths.values():
+        if f"{module}.weight" not in found:
+            raise ValueError(f"{module}.weight: missing from these weights")
+    size = {field: len(found[f"{module}.weight"][1]) for field, module in widths.items()}
     n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     with torch.device("meta"):
         own = Adapter(AdapterConfig(**size, n_layers=n_layers)).state_dict()
     for name, (old, value) in found.items():
         if name not in own or value.shape != own[name].shape:
-            raise ValueError(f"{old}: no such weight here, or not of shape {tuple(value.shape)}")
+            raise ValueError(f"{old}: no weight of shape {tuple(value.shape)} belongs here")
     if missing := sorted(own.keys() - found.keys()):
         raise ValueError(f"{missing[0]}: missing from these weights")
     return {name: value for name, (_, value) in found.items()}

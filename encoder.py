@@ -29,12 +29,10 @@ SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms
 @functools.lru_cache(maxsize=None)
 def mel_filters(sr: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> Tensor:
     """Triangular mel filters (n_mels, n_fft // 2 + 1) on Slaney's scale, each of equal area."""
-    step = math.log(6.4) / 27  # above 1 kHz (mel 15) the scale is logarithmic: 27 mels are x6.4
-
-    def to_mel(hz: float) -> float:
-        return hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
-
-    mels = torch.linspace(to_mel(fmin), to_mel(fmax), n_mels + 2, dtype=torch.float64)
+    step = math.log(6.4) / 27  # linear to 1 kHz (mel 15), then logarithmic: 27 mels are x6.4
+    first, last = (hz * 3 / 200 if hz < 1000 else 15 + math.log(hz / 1000) / step
+                   for hz in (fmin, fmax))
+    mels = torch.linspace(first, last, n_mels + 2, dtype=torch.float64)
     edges = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp(step * (mels - 15)))
     bins = torch.linspace(0, sr / 2, n_fft // 2 + 1, dtype=torch.float64)
     low, mid, high = (edges[i:i + n_mels, None] for i in range(3))  # (n_mels, 1) each
@@ -49,8 +47,7 @@ def log_mel(wave: Tensor, n_mels: int = 80) -> Tensor:
     ValueError if the wave is too short to be reflected at its edges (N < 201).
     """
     if wave.dim() != 1 or len(wave) <= N_FFT // 2:
-        raise ValueError(f"log_mel needs a mono wave of over {N_FFT // 2} samples, "
-                         f"got shape {tuple(wave.shape)}")
+        raise ValueError(f"log_mel: shape {tuple(wave.shape)} is not a wave of over 200 samples")
     window = torch.hann_window(N_FFT, device=wave.device)
     spec = torch.stft(wave.float(), N_FFT, HOP, window=window, return_complex=True)  # (201, T + 1)
     power = spec[:, :-1].abs().square()
@@ -78,7 +75,7 @@ def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
     """(B, size) True on real frames, or None if every sample fills the batch (the fast path)."""
     if bool((lengths >= size).all()):
         return None
-    return torch.arange(size, device=lengths.device)[None] < lengths[:, None]
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def zero_tail(x: Tensor, lengths: Tensor) -> Tensor:
@@ -90,10 +87,8 @@ def zero_tail(x: Tensor, lengths: Tensor) -> Tensor:
 def conv_stem(mel: Tensor, lengths: Tensor, convs: list[nn.Conv1d]) -> tuple[Tensor, Tensor]:
     """(B, T, n_mels) -> (B, T / strides rounded up, D) and the new lengths.
 
-    Tails are zeroed before *every* convolution: gelu(conv(0)) is not 0, so at odd lengths the
-    second one would otherwise see a pad (the released code does; its last frame then depends on
-    the batch it came in).
-    """
+    Tails are zeroed before *every* convolution: gelu(conv(0)) is not 0, and at odd lengths the
+    second one would see it (in the released code the last frame depends on the batch)."""
     x = zero_tail(mel, lengths)
     for conv in convs:
         x = F.gelu(conv(x.transpose(1, 2))).transpose(1, 2)
@@ -135,6 +130,13 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_ln(x))
 
 
+def transform(x: Tensor, lengths: Tensor, blocks: nn.ModuleList) -> Tensor:
+    mask = frame_mask(lengths, x.shape[1])
+    for block in blocks:
+        x = block(x, mask)
+    return x
+
+
 # ---- the encoder -------------------------------------------------------------------------------
 
 @dataclass
@@ -159,9 +161,7 @@ class Encoder(nn.Module):
 
         Frames beyond a length come out as zeros."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        x, mask = add_positions(x), frame_mask(lengths, x.shape[1])
-        for block in self.blocks:
-            x = block(x, mask)
+        x = transform(add_positions(x), lengths, self.blocks)
         return zero_tail(self.ln_post(x), lengths), lengths
 
 
@@ -227,15 +227,13 @@ class Codebook(nn.Module):
     def fit(self, x: Tensor, rounds: int = 10) -> None:
         """k-means on x (N, D), N >= K, from random points; empty clusters draw a new one."""
         if len(x) < len(self.embed):
-            raise ValueError(f"k-means of {len(self.embed)} codes needs as many features, "
-                             f"got {len(x)}")
+            raise ValueError(f"k-means of {len(self.embed)} codes got only {len(x)} features")
         self.fitted.fill_(True)
         self.reset(torch.ones_like(self.counts, dtype=torch.bool), x)
         for _ in range(rounds):
             counts, sums = self.totals(x, self.nearest(x))
             scale = counts.mean()  # so that counts average 1, as if after one small batch
-            self.counts.copy_(counts / scale)
-            self.sums.copy_(sums / scale)
+            self.counts.copy_(counts / scale), self.sums.copy_(sums / scale)
             self.embed.copy_(sums / counts[:, None])  # 0 / 0 where empty: drawn anew
             self.reset(counts == 0, x)
 
@@ -243,11 +241,10 @@ class Codebook(nn.Module):
 class SpeechTokenizer(nn.Module):
     """Speech -> 25 codes a second, taught by recognising text through the codes (CTC).
 
-    S3 v1 has the quantiser inside a large recogniser with an attention decoder; CTC asks the same
-    of the codes (keep the words) and needs no decoder. Like S3, the quantiser joins a recogniser
-    that already works: forward() lets features pass until init_codebook() is called. (Before,
-    CTC's first move, blanks everywhere, would carry all features to one code.)
-    """
+    S3 v1 has an attention decoder behind its codes; CTC asks the same of them, to keep the words.
+    As in S3, the quantiser joins a recogniser that works: forward() lets features pass until
+    init_codebook() is called. Any sooner, and CTC's first move, blanks everywhere, carries all
+    features to one code."""
 
     def __init__(self, cfg: TokenizerConfig):
         super().__init__()
@@ -266,10 +263,7 @@ class SpeechTokenizer(nn.Module):
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
         if self.cfg.positions:
             x = add_positions(x)
-        mask = frame_mask(lengths, x.shape[1])
-        for block in self.blocks:
-            x = block(x, mask)
-        x, pool = zero_tail(x, lengths), self.cfg.pool
+        x, pool = zero_tail(transform(x, lengths, self.blocks), lengths), self.cfg.pool
         x = F.pad(x, (0, 0, 0, -x.shape[1] % pool)).unflatten(1, (-1, pool))  # (B, L, pool, D)
         first = pool * torch.arange(x.shape[1], device=x.device)
         real = (lengths[:, None] - first).clamp(1, pool)  # frames averaged; the last may lack one
@@ -278,22 +272,22 @@ class SpeechTokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """mel (B, T, n_mels), lengths (B,) -> codes (B, ceil(T / 4)), 0 beyond their lengths (B,)."""
+        """mel (B, T, n_mels), lengths (B,) -> codes (B, ceil(T / 4)), 0 beyond the lengths."""
         x, lengths = self.features(mel, lengths)
         codes = self.codebook.nearest(x.flatten(0, 1)).view(x.shape[:2])
         return zero_tail(codes[..., None], lengths)[..., 0], lengths
 
     def init_codebook(self, features: Tensor) -> None:
-        """Fit the codebook to features (N, D), N >= K: real frames out of features()."""
-        self.codebook.fit(F.normalize(features, dim=-1))
+        """k-means on features (N, D), N >= K: the real frames that features() gave."""
+        self.codebook.fit(features)
 
     def quantise(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> codes' vectors with x's gradient, commitment loss, codes (n,) in use."""
-        valid = torch.arange(x.shape[1], device=x.device)[None] < lengths[:, None]
+        valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         real = x[valid]  # (n, D): padding must not vote
         codes = self.codebook.nearest(real.detach())
         vectors = self.codebook.embed[codes]
-        commit = (real - vectors).square().sum(-1).mean()  # 2 - 2 cos, on unit vectors
+        commit = (real - vectors).square().sum(-1).mean()  # of unit vectors: 0 .. 4
         if self.training:
             self.codebook.update(real.detach(), codes)
         straight = torch.zeros_like(x).masked_scatter(valid[..., None], vectors)
@@ -308,10 +302,7 @@ class SpeechTokenizer(nn.Module):
         if self.codebook.fitted:
             x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
-        x = add_positions(x * x.shape[2] ** 0.5)
-        mask = frame_mask(lengths, x.shape[1])
-        for block in self.tail:
-            x = block(x, mask)
+        x = transform(add_positions(x * x.shape[2] ** 0.5), lengths, self.tail)
         logits = self.head(self.ln_post(x))  # (B, L, V + 1)
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (L, B, V + 1)
         ctc = F.ctc_loss(log_probs, targets, lengths, target_lengths,
@@ -324,12 +315,11 @@ class SpeechTokenizer(nn.Module):
     def init_from_encoder(self, state: dict[str, Tensor]) -> None:
         """Start from an Encoder's state dict: stem, block i -> block i, the blocks after the cut
         -> tail, ln_post. What the encoder has not (codebook, head, deeper tail) stays as it is."""
-        own, cut = self.state_dict(), self.cfg.n_layers
-        for name, value in state.items():
-            if name.startswith("blocks.") and (i := int(name.split(".")[1])) >= cut:
-                name = name.replace(f"blocks.{i}.", f"tail.{i - cut}.")
-            if name in own:
-                own[name].copy_(value)
+        for i in range(self.cfg.n_layers, self.cfg.n_layers + self.cfg.tail_layers):
+            state = {k.replace(f"blocks.{i}.", f"tail.{i - self.cfg.n_layers}."): v
+                     for k, v in state.items()}
+        own = self.state_dict()
+        self.load_state_dict(own | {k: v for k, v in state.items() if k in own})
 
 
 # ---- loading foreign weights -------------------------------------------------------------------
@@ -349,37 +339,31 @@ NAMES = {  # module of HF, WeNet (the released OSUM-EChat) or S3Tokenizer -> our
 POSITIONS = ("positional_embedding", "embed_positions.weight", "embed.pos_enc.pe")
 
 
-def our_name(name: str) -> str:
-    name = re.sub(r"^(model\.)?encoder\.", "", name)
-    name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
-    block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
-    return block + NAMES.get(module, module) + kind
-
-
 def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
     """Our name -> (their name, weight). A decoder is left out, and so are stored positions, once
     they are seen to be the sinusoids (up to the rounding of half precision)."""
-    out = {}
+    found = {}
     for old, value in state.items():
-        name = our_name(old)
+        name = re.sub(r"^(model\.)?encoder\.", "", old)
+        name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
+        parts = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups("")
+        name = parts[0] + NAMES.get(parts[1], parts[1]) + parts[2]
         if name in POSITIONS:
             table = value.float().reshape(-1, value.shape[-1])[:1500]
-            if not torch.allclose(table, sinusoids(*table.shape), atol=1e-2):
+            if not torch.allclose(table, sinusoids(*table.shape, table.device), atol=1e-2):
                 raise ValueError(f"{old}: not Whisper's sinusoids, which are all we compute")
+        elif name in found:
+            raise ValueError(f"{old}: the same weight as {found[name][0]}")
         elif not re.match(r"(model\.)?decoder\.|proj_out\.", old):
-            if name in out:
-                raise ValueError(f"{old}: the same weight as {out[name][0]}")
-            out[name] = old, value
-    return out
+            found[name] = old, value
+    return found
 
 
 def checked(found: dict[str, tuple[str, Tensor]], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict, or ValueError naming a key that is unknown, missing or of another shape."""
     for name, (old, value) in found.items():
-        if name not in own:
-            raise ValueError(f"{old}: no such weight here")
-        if value.shape != own[name].shape:
-            raise ValueError(f"{old}: shape {tuple(value.shape)}, not {tuple(own[name].shape)}")
+        if name not in own or value.shape != own[name].shape:
+            raise ValueError(f"{old}: no weight of shape {tuple(value.shape)} belongs here")
     if missing := sorted(own.keys() - found.keys()):
         raise ValueError(f"{missing[0]}: missing from these weights")
     return {name: value for name, (_, value) in found.items()}
@@ -396,23 +380,19 @@ def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
 
 def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
-    begin with "encoder.") -> state dict of an Encoder of the same size."""
+    begin with "encoder.") -> state dict of an Encoder of the same size. ValueError: a bad key."""
     found = rename(state)
     with torch.device("meta"):
-        own = Encoder(EncoderConfig(**sizes(found))).state_dict()
-    return checked(found, own)
+        return checked(found, Encoder(EncoderConfig(**sizes(found))).state_dict())
 
 
 def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """S3 v1 under S3Tokenizer's names -> state dict of a SpeechTokenizer with vocab=0, pool=1 and
     conv1_stride=2 (the 25 Hz file; the 50 Hz one has the same shapes and stride 1)."""
     found = rename(state)
-    codes = len(found["codebook.embed"][1]) if "codebook.embed" in found else 0
+    embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
     with torch.device("meta"):
-        own = SpeechTokenizer(TokenizerConfig(**sizes(found), codes=codes)).state_dict()
-    for name in ("counts", "sums", "fitted"):  # the state of training: not released
-        del own[f"codebook.{name}"]
-    out = checked(found, own)
-    embed = out["codebook.embed"]
-    return out | {"codebook.counts": torch.ones(codes), "codebook.sums": embed.clone(),
-                  "codebook.fitted": torch.tensor(True)}
+        own = SpeechTokenizer(TokenizerConfig(**sizes(found), codes=len(embed))).state_dict()
+    averages = {"codebook.counts": torch.ones(len(embed)), "codebook.sums": embed.clone(),
+                "codebook.fitted": torch.tensor(True)}  # the state of training: not released
+    return checked(found, {k: v for k, v in own.items() if k not in averages}) | averages

@@ -170,14 +170,15 @@ def test_k_means_finds_the_clusters():
     book.fit(x)
     assert torch.cdist(centres, book.embed).min(-1).values.max() < 0.05
     assert torch.isfinite(book.embed).all() and (book.counts > 0).all() and book.fitted
-    with pytest.raises(ValueError, match="12 codes needs as many features, got 5"):
+    with pytest.raises(ValueError, match="12 codes got only 5"):
         book.fit(x[:5])
 
 
 def test_ctc_overfits_one_batch_through_the_codes():
     model = SpeechTokenizer(S3)
     _, mel, lengths = padded([60, 47, 52])
-    targets, sizes = torch.tensor([[1, 4, 4, 2], [0, 5, 3, 0], [2, 3, 0, 0]]), torch.tensor([4, 3, 2])
+    targets = torch.tensor([[1, 4, 4, 2], [0, 5, 3, 0], [2, 3, 0, 0]])
+    sizes = torch.tensor([4, 3, 2])
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(110):
         if step == 50:  # the recogniser works; now through the codes
@@ -213,10 +214,10 @@ def test_starting_from_an_encoder():
 # ---- foreign weights ---------------------------------------------------------------------------
 
 FOREIGN = {  # ours -> theirs, written out independently of the loader's table
-    "hf": {"blocks.": "layers.", "attn_ln": "self_attn_layer_norm", "attn.query": "self_attn.q_proj",
-           "attn.key": "self_attn.k_proj", "attn.value": "self_attn.v_proj", "mlp.0": "fc1",
-           "attn.out": "self_attn.out_proj", "mlp.2": "fc2", "mlp_ln": "final_layer_norm",
-           "ln_post": "layer_norm"},
+    "hf": {"blocks.": "layers.", "attn_ln": "self_attn_layer_norm", "mlp.0": "fc1",
+           "attn.query": "self_attn.q_proj", "attn.key": "self_attn.k_proj", "mlp.2": "fc2",
+           "attn.value": "self_attn.v_proj", "attn.out": "self_attn.out_proj",
+           "mlp_ln": "final_layer_norm", "ln_post": "layer_norm"},
     "wenet": {"blocks.": "encoders.", "attn_ln": "norm1", "attn.query": "self_attn.linear_q",
               "attn.key": "self_attn.linear_k", "attn.value": "self_attn.linear_v",
               "mlp.0": "feed_forward.w_1", "attn.out": "self_attn.linear_out",
@@ -255,7 +256,7 @@ def test_a_bad_key_is_named():
     last = "encoder.encoders.1.norm1.bias"
     bad = [({**good, "encoder.encoders.1.conv_module.bias": torch.ones(1)}, "conv_module"),
            ({k: v for k, v in good.items() if k != last}, "blocks.1.attn_ln.bias: missing"),
-           ({**good, last: torch.ones(3)}, rf"{last}: shape \(3,\), not \(16,\)"),
+           ({**good, last: torch.ones(3)}, rf"{last}: no weight of shape \(3,\)"),
            ({**good, "encoder.blocks.1.attn_ln.bias": good[last]}, "the same weight as"),
            ({**good, "encoder.embed.pos_enc.pe": torch.zeros(1, 9, 16)}, "pos_enc.pe: not Whisper"),
            ({}, "conv1.weight: missing")]
