@@ -26,6 +26,16 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+def descend(module, loss, rate):
+    """One step down the signs of the gradient: all the optimiser these tests need."""
+    loss.backward()
+    with torch.no_grad():
+        for p in module.parameters():
+            p -= rate * p.grad.sign()
+            p.grad = None
+    return loss.item()
+
+
 def normed(state, spelling, plain=()):
     """Weights as a file saved with weight norm has them."""
     ends = {"old": (".weight_g", ".weight_v"),
@@ -134,7 +144,7 @@ def test_stream_emits_as_soon_as_the_right_context_is_there():
     assert wave.size(1) == 0
     wave, state = model.stream(torch.randn(1, 3, 8), state, final=False)
     assert wave.size(1) == 3 * TINY.hop
-    wave, state = model.stream(torch.randn(1, 0, 8), state, final=True)
+    wave, _ = model.stream(torch.randn(1, 0, 8), state, final=True)
     assert wave.size(1) == right * TINY.hop
 
 
@@ -286,28 +296,19 @@ def test_mel_loss_shrinks_on_one_batch():
     t = torch.arange(900) / 24000
     wave = 0.5 * torch.sin(2 * torch.pi * torch.tensor([[300.0], [700.0]]) * t)  # (2, N)
     mel = mel_spectrogram(wave, TINY)
-    optimiser, losses = torch.optim.AdamW(model.parameters(), 5e-3, (0.8, 0.99)), []
-    for _ in range(40):
-        loss = mel_loss(wave, model(mel), TINY)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.4 * losses[0]
+    losses = [descend(model, mel_loss(wave, model(mel), TINY), 2e-3) for _ in range(25)]
+    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_critic_learns_and_teaches():
     cfg = VocoderConfig(mpd=(4, 8), msd=((4, 15, 1, 1), (8, 17, 4, 2)))
     critic, fake = Discriminator(cfg), 0.1 * torch.randn(2, 600)
     real = 0.5 * torch.sin(torch.arange(600) / 10).expand(2, 600)
-    optimiser, losses = torch.optim.AdamW(critic.parameters(), 5e-3), []
+    losses = []
     for _ in range(20):
         scores, _ = critic(torch.cat([real, fake]))
-        loss = discriminator_loss([s.chunk(2)[0] for s in scores], [s.chunk(2)[1] for s in scores])
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
+        of_real, of_fake = zip(*(score.chunk(2) for score in scores))
+        losses.append(descend(critic, discriminator_loss(of_real, of_fake), 2e-3))
     assert losses[-1] < 0.7 * losses[0]
     fake.requires_grad_()
     (_, real_maps), (scores, maps) = critic(real), critic(fake)
