@@ -1,16 +1,17 @@
 """
-Token2wav, first half: speech codes -> mel, by conditional flow matching (paper: Token2wav; CosyVoice).
+Token2wav, first half: speech codes -> mel by conditional flow matching (paper: Token2wav).
 
-A token encoder turns codes into a coarse mel `mu`; a U-Net predicts the velocity that carries Gaussian noise to
-the real mel, given mu, a speaker vector and a stretch of known mel (the prompt). One set of classes, two shapes:
-  FlowConfig()               mini: causal, attention in chunks of bounded reach, four mel frames a code, streams exactly
-  FlowConfig.cosyvoice1()    the released CosyVoice-300M-25Hz: full context, U-Net at two rates, offline only
+A token encoder turns codes into a coarse mel `mu`; a U-Net predicts the velocity that carries
+Gaussian noise to the real mel, given mu, a speaker vector and a stretch of known mel (the prompt).
+One set of classes, two shapes:
+  FlowConfig()             mini: causal, attention of bounded reach, 4 frames a code; streams
+  FlowConfig.cosyvoice1()  the released CosyVoice-300M-25Hz: full context, U-Net at two rates
 
-Legend: B batch, L codes, T mel frames, D width, M mel bins, H heads, S keys a query may look at.
-Everything is time-major, (B, T, D). CFM: Lipman et al. 2022; U-Net: Matcha-TTS; positions: Transformer-XL.
+Legend: B batch, L codes, T mel frames, S keys in reach, D width, M mel bins, H heads of width hd.
+All features are time-major (B, T, D). References: Lipman et al. 2022 (flow matching), Matcha-TTS
+(U-Net), CosyVoice (conditioning, guidance, cosine grid), Transformer-XL (relative positions).
 """
 import math
-import re
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,79 +19,105 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SIGMA = 1e-6        # width of the path's end; in the papers, in the checkpoints, and too small to matter
-NOISE_BLOCK = 64    # frames of noise drawn from one seed
-SEGMENT = 16        # chunks solved in one go when many are at hand: bounds memory and the quadratic mask
+SIGMA = 1e-6      # width of the path's end: part of the published formula, too small to matter
+NOISE_BLOCK = 64  # frames of noise drawn from one seed
+SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
 
-# ---------------------------------------------------------------------------------------------------------------------
-# primitives
+
+# ---- primitives
 
 class Tape:
-    """Left context of every causal layer, in the order the layers run: read from the last segment, written for the
-    next. Layers need no names or indices, and what a state holds is a flat list of tensors."""
+    """Left context of every causal layer, in the order the layers run: read from the last segment,
+    written for the next. So layers need no index, and all a state holds is a list of tensors."""
 
     def __init__(self, old: list[Tensor]):
         self.old, self.new = old, []
 
     def extend(self, x: Tensor, keep: int) -> Tensor:
-        """x (B, T, D) -> (B, past + T, D); the last `keep` frames are what the next segment will see."""
+        """x (B, T, D) -> (B, past + T, D); its last `keep` frames stay for the next segment."""
         if self.old:
             x = torch.cat([self.old[len(self.new)], x], 1)
-        self.new.append(x[:, max(0, x.shape[1] - keep):].clone())  # a view would keep the whole segment alive
+        self.new.append(x[:, max(0, x.shape[1] - keep):].clone())  # a view would keep all of x
         return x
 
 
 class Conv(nn.Conv1d):
-    """Conv1d on (B, T, D). Causal: all padding on the left, taken from the tape when streaming."""
+    """Conv1d on (B, T, D). Causal: all padding on the left, or from the tape when streaming."""
 
     def __init__(self, d_in: int, d_out: int, kernel: int, causal: bool = False, stride: int = 1):
         super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
         self.causal = causal
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, tape: Tape | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None = None, tape: Tape | None = None) -> Tensor:
         k, n = self.kernel_size[0], x.shape[1]
         if not self.causal and k > 1:
-            x = x if mask is None else x * mask  # a neighbour's pad must look like the end of the signal
-            return super().forward(x.mT).mT
-        # Side by side shifts and one matmul: on a CPU twice as fast as conv1d on a transposed tensor.
-        if k > 1:
-            x = tape.extend(x, k - 1) if tape else x
+            return super().forward(silence(x, valid).mT).mT
+        if k > 1:  # shifts side by side and one matmul: on a CPU twice as fast as conv1d
+            x = x if tape is None else tape.extend(x, k - 1)
             x = F.pad(x, (0, 0, n + k - 1 - x.shape[1], 0))
-            x = torch.cat([x[:, i:i + n] for i in range(k)], -1)                  # (B, T, k D)
-        return F.linear(x, self.weight.permute(0, 2, 1).flatten(1), self.bias)
+            x = torch.stack([x[:, i:i + n] for i in range(k)], -1).flatten(2)  # (B, T, D k)
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class Upsample(nn.ConvTranspose1d):
+    """Twice the frames, (B, T, D) -> (B, 2T, D)."""
+
+    def forward(self, x: Tensor, valid: Tensor | None, tape: None) -> Tensor:
+        return super().forward(silence(x, valid).mT).mT
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm on (B, T, D) whose statistics leave pads out: a padded sample is normalised as it is alone."""
+    """GroupNorm on (B, T, D) with statistics over real frames: a pad must not change its sample."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        if mask is None:
+    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
+        if valid is None:
             return super().forward(x.mT).mT
-        b, t, d = x.shape
-        g = x.view(b, t, self.num_groups, -1)                                     # (B, T, G, D/G)
-        m = mask[..., None]                                                       # (B, T, 1, 1)
+        g, m = x.unflatten(-1, (self.num_groups, -1)), valid[..., None, None]  # (B, T, G, D/G)
         n = m.sum((1, 3), keepdim=True) * g.shape[-1]
         mean = (g * m).sum((1, 3), keepdim=True) / n
         var = ((g - mean).square() * m).sum((1, 3), keepdim=True) / n
-        return ((g - mean) * (var + self.eps).rsqrt()).view(b, t, d) * self.weight + self.bias
+        return ((g - mean) * (var + self.eps).rsqrt()).flatten(2) * self.weight + self.bias
 
 
-def sinusoid(x: Tensor, dim: int, base: float = 1e4) -> Tensor:
-    """Interleaved sin/cos of signed relative distances x (N,) -> (N, dim)."""
-    freq = torch.exp(torch.arange(0, dim, 2, device=x.device) * (-math.log(base) / dim))
-    angle = x[:, None].float() * freq
-    return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+def silence(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero what a convolution would see beyond the end, so a pad looks like the end."""
+    return x if valid is None else x * valid[..., None]
+
+
+def real(lengths: Tensor, total: int) -> Tensor | None:
+    """valid (B, total), False on pads; None if there are none, because masks cost time."""
+    if bool((lengths == total).all()):
+        return None
+    return torch.arange(total, device=lengths.device) < lengths[:, None]
+
+
+def angles(x: Tensor, n: int, last: int) -> Tensor:
+    """Positions or times x (N,) at n frequencies from 1 down to about 1e-4 (N, n)."""
+    freq = torch.exp(torch.arange(n, device=x.device) * (-math.log(1e4) / last))
+    return x[:, None].float() * freq
+
+
+def stretch(x: Tensor, frames: int) -> Tensor:
+    """(B, L, M) -> (B, frames, M)"""
+    return F.interpolate(x.mT, frames, mode="linear").mT
+
+
+def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
+    """Noise of frames start..stop (1, stop - start, M): the same whoever asks, in any pieces."""
+    first, end = start // NOISE_BLOCK, -(-stop // NOISE_BLOCK)
+    blocks = [torch.randn(NOISE_BLOCK, mel, generator=torch.Generator().manual_seed(
+        (seed * 1_000_003 + i) % 2**63)) for i in range(first, end)]
+    return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
 
 
 class Attention(nn.Module):
-    """Multi-head attention; `relative` adds Transformer-XL positions (the token encoder has them, the U-Net none)."""
+    """Multi-head attention; `relative` adds Transformer-XL positions (the encoder has them, the
+    U-Net knows order from its convolutions alone)."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, relative: bool):
         super().__init__()
-        self.heads, inner = heads, heads * head_dim
-        self.q = nn.Linear(dim, inner, bias=relative)
-        self.k = nn.Linear(dim, inner, bias=relative)
-        self.v = nn.Linear(dim, inner, bias=relative)
+        self.heads, self.relative, inner = heads, relative, heads * head_dim
+        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=relative) for _ in range(3))
         self.out = nn.Linear(inner, dim)
         if relative:
             self.pos = nn.Linear(dim, inner, bias=False)
@@ -98,14 +125,14 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(heads, head_dim))
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)                # (B, H, T, hd)
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, T, hd)
 
     def forward(self, x: Tensor, mask: Tensor | None, reach: int, tape: Tape | None) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
-        if tape:
-            k, v = tape.extend(k, reach), tape.extend(v, reach)                   # (B, S, D)
+        if tape is not None:
+            k, v = tape.extend(k, reach), tape.extend(v, reach)  # (B, S, H hd)
         q, k, v = self.split(q), self.split(k), self.split(v)
-        if hasattr(self, "pos"):
+        if self.relative:
             bias = self.distance_bias(q + self.bias_v[:, None], k.shape[2], x)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
             q = q + self.bias_u[:, None]
@@ -113,18 +140,43 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def distance_bias(self, q: Tensor, s: int, x: Tensor) -> Tensor:
-        """Scores of q (B, H, T, hd) against the distance to each of s keys, the last T of them its own frames."""
+        """Scores (B, H, T, S) of q (B, H, T, hd) with the distance to each of s keys, of which the
+        last T are the queries' own frames."""
         t = q.shape[2]
-        distance = torch.arange(s - 1, -t, -1, device=x.device)                   # s-1 ... -(t-1)
-        p = self.split(self.pos(sinusoid(distance, x.shape[-1]).to(x.dtype)))     # (H, S+T-1, hd)
-        score = q @ p.mT / math.sqrt(q.shape[-1])                                 # (B, H, T, S+T-1)
-        # Row i must start T-1-i columns later: one column of padding and a reshape shift every row by its index.
+        distance = torch.arange(s - 1, -t, -1, device=x.device)  # s-1 ... -(t-1)
+        angle = angles(distance, x.shape[-1] // 2, x.shape[-1] // 2)
+        p = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # interleaved (S+T-1, D)
+        p = self.split(self.pos(p.to(x.dtype)))  # (H, S+T-1, hd)
+        score = q @ p.mT / math.sqrt(q.shape[-1])  # (B, H, T, S+T-1)
+        # Row i has to start at column T-1-i. One column of padding and a change of the row length
+        # move every row by its index.
         score = F.pad(score, (1, 0)).view(*q.shape[:2], s + t, t)[:, :, 1:]
-        return score.reshape(*q.shape[:2], t, s + t - 1)[..., :s]                 # (B, H, T, S)
+        return score.reshape(*q.shape[:2], t, s + t - 1)[..., :s]
 
+
+def attention_mask(valid: Tensor | None, t: int, past: int, chunk: int, left: int,
+                   device: torch.device) -> Tensor | None:
+    """Who sees whom, True (B or 1, 1, T, past + T); None if everybody sees everybody (fast path).
+
+    With a chunk size a frame sees its own chunk and `left` before it; `past` is whole chunks.
+    valid (B, T) is False on pads; a pad still sees itself, lest a softmax over nothing be NaN."""
+    mask = None
+    if chunk:
+        key = torch.arange(past + t, device=device) // chunk
+        query = key[past:, None]
+        mask = (key <= query) & (key >= query - left)  # (T, S)
+        mask = None if mask.all() else mask[None, None]
+    if valid is not None:
+        seen = valid[:, None, None]
+        mask = seen if mask is None else mask & seen
+        mask = mask | torch.eye(t, dtype=torch.bool, device=device)
+    return mask
+
+
+# ---- blocks
 
 class Layer(nn.Module):
-    """Pre-norm transformer layer: encoder (SiLU, relative positions) or U-Net (GELU, none)."""
+    """Pre-norm transformer layer: of the encoder (relative, SiLU) or of the U-Net (GELU)."""
 
     def __init__(self, dim: int, heads: int, head_dim: int, ffn: int, relative: bool):
         super().__init__()
@@ -139,88 +191,107 @@ class Layer(nn.Module):
         return x + self.ff(self.norm2(x))
 
 
-def attention_mask(valid: Tensor | None, t: int, past: int, chunk: int, left: int, device) -> Tensor | None:
-    """Who may look at whom: True (B or 1, 1, T, past + T), or None if everybody at everybody (the fast path).
+class Block(nn.Module):
+    def __init__(self, d_in: int, d_out: int, causal: bool):
+        super().__init__()
+        self.conv = Conv(d_in, d_out, 3, causal)
+        self.norm = nn.LayerNorm(d_out) if causal else GroupNorm(8, d_out)
 
-    chunk > 0: a frame sees its own chunk and `left` chunks before it; both t = 0 and the past start on a chunk border.
-    valid (B, T): False on pads."""
-    mask = None
-    if chunk:
-        key = torch.arange(past + t, device=device) // chunk
-        query = key[past:, None]
-        mask = (key <= query) & (key >= query - left)                             # (T, S)
-        mask = None if mask.all() else mask[None, None]
-    if valid is not None:
-        mask = valid[:, None, None] if mask is None else mask & valid[:, None, None]
-    return mask
+    def forward(self, x: Tensor, valid: Tensor | None, tape: Tape | None) -> Tensor:
+        x = self.conv(x, valid, tape)
+        if self.conv.causal:
+            return F.silu(self.norm(x))  # mish is hardly different and costs a tenth of a step
+        return F.mish(self.norm(x, valid))
 
-# ---------------------------------------------------------------------------------------------------------------------
-# config
+
+class Stage(nn.Module):
+    """A residual block of convolutions that is told the time, then transformer layers. `tail`, if
+    any, is run by the U-Net, which takes the skip connection before it."""
+
+    def __init__(self, cfg: "FlowConfig", d_in: int, d: int, tail: nn.Module | None = None):
+        super().__init__()
+        self.time = nn.Linear(cfg.time_dim, d)
+        self.block1, self.block2 = Block(d_in, d, cfg.causal), Block(d, d, cfg.causal)
+        self.skip = Conv(d_in, d, 1)
+        self.layers = nn.ModuleList(
+            Layer(d, cfg.heads, cfg.head_dim, 4 * d, False) for _ in range(cfg.tf))
+        self.reach, self.tail = cfg.left_chunks * cfg.chunk, tail
+
+    def forward(self, x: Tensor, temb: Tensor, valid: Tensor | None, mask: Tensor | None,
+                tape: Tape | None) -> Tensor:
+        h = self.block1(x, valid, tape) + self.time(F.mish(temb))[:, None]
+        x = self.block2(h, valid, tape) + self.skip(x)
+        for layer in self.layers:
+            x = layer(x, mask, self.reach, tape)
+        return x
+
+
+# ---- config
 
 @dataclass
 class FlowConfig:
-    codes: int = 1024               # size of the codebook
+    codes: int = 1024  # size of the codebook
     mel: int = 80
     spk_dim: int = 192
-    dim: int = 160                  # token encoder
+    dim: int = 160  # token encoder
     enc_layers: int = 2
     enc_heads: int = 4
     enc_ffn: int = 640
-    look_ahead: int = 3             # codes the encoder may see beyond the chunk (0 in a full-context model)
-    channels: tuple[int, ...] = (192,)  # U-Net: one width a level; every level but the last halves the rate
-    mid: int = 2                    # stages between down and up
-    tf: int = 1                     # transformer layers a stage
+    look_ahead: int = 3  # codes beyond its chunk that the encoder sees (only with causal)
+    channels: tuple[int, ...] = (192,)  # U-Net: a width a level; all but the last halve the rate
+    mid: int = 2  # stages between down and up
+    tf: int = 1  # transformer layers a stage
     heads: int = 3
     head_dim: int = 64
     time_dim: int = 256
-    causal: bool = True             # causal convolutions, LayerNorm, chunked attention; else GroupNorm, full context
-    chunk: int = 24                 # frames; with four frames a code six codes, 240 ms
-    left_chunks: int = 3            # chunks of the past that attention may see
+    causal: bool = True  # causal convolutions, LayerNorm, chunks; else GroupNorm, full context
+    chunk: int = 24  # frames: 6 codes, 240 ms
+    left_chunks: int = 3  # chunks of the past in reach of attention
     frames_per_code: float = 4.0
-    mel_mean: float = -5.0          # log-mel of speech is about N(-5, 2.2); the flow works on N(0, 1)
+    mel_mean: float = -5.0  # log-mel of speech is about N(-5, 2.2); the flow works on N(0, 1)
     mel_std: float = 2.2
 
     @classmethod
     def cosyvoice1(cls, codes: int = 4096) -> "FlowConfig":
-        """CosyVoice-300M-25Hz: 22,050 Hz, hop 256, no mel normalisation; 104,874,752 parameters."""
-        return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0, channels=(256, 256),
-                   mid=12, tf=4, heads=8, time_dim=1024, causal=False, chunk=0, left_chunks=0,
-                   frames_per_code=22050 / 256 / 25, mel_mean=0.0, mel_std=1.0)
+        """CosyVoice-300M-25Hz: 104,874,752 parameters; mel at 22,050 Hz, hop 256, as it is."""
+        return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
+                   channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
+                   chunk=0, left_chunks=0, frames_per_code=22050 / 256 / 25,
+                   mel_mean=0.0, mel_std=1.0)
 
     @property
     def chunk_codes(self) -> int:
         return int(self.chunk / self.frames_per_code)
 
     def frames(self, codes: int) -> int:
-        """Mel frames of so many codes."""
+        """Mel frames that so many codes become."""
         return int(codes * self.frames_per_code)
 
-# ---------------------------------------------------------------------------------------------------------------------
-# codes -> mu
+
+# ---- model
 
 class Encoder(nn.Module):
     def __init__(self, cfg: FlowConfig):
         super().__init__()
         self.cfg, d = cfg, cfg.dim
         self.proj, self.proj_norm = nn.Linear(d, d), nn.LayerNorm(d)
-        if cfg.look_ahead:
-            self.look = nn.Conv1d(d, d, 2 * cfg.look_ahead + 1)
-        self.layers = nn.ModuleList(Layer(d, cfg.enc_heads, d // cfg.enc_heads, cfg.enc_ffn, True)
-                                    for _ in range(cfg.enc_layers))
+        self.look = nn.Conv1d(d, d, 2 * cfg.look_ahead + 1) if cfg.look_ahead else None
+        self.layers = nn.ModuleList(
+            Layer(d, cfg.enc_heads, d // cfg.enc_heads, cfg.enc_ffn, True)
+            for _ in range(cfg.enc_layers))
         self.norm = nn.LayerNorm(d)
 
-    def forward(self, x: Tensor, valid: Tensor | None, pad: tuple[int, int], past: int = 0,
-                tape: Tape | None = None) -> Tensor:
-        """Embedded codes x (B, L, D). With a look-ahead of n the first and last n only serve as neighbours;
-        `pad` says how many of those are missing, because the sequence starts or ends there."""
-        cfg = self.cfg
+    def forward(self, x: Tensor, valid: Tensor | None = None, pad: tuple[int, int] | None = None,
+                past: int = 0, tape: Tape | None = None) -> Tensor:
+        """Embedded codes (B, L, D) -> (B, L, D). Streaming hands over `look_ahead` neighbours on
+        either side too and says in `pad` how many of them do not exist; `past` codes are taped."""
+        cfg, n = self.cfg, self.cfg.look_ahead
         x = self.proj_norm(self.proj(x)) * math.sqrt(cfg.dim)
-        if valid is not None:
-            x = x * valid[..., None]
-        if cfg.look_ahead:
-            n = cfg.look_ahead
-            y = F.gelu(self.look(F.pad(x, (0, 0, *pad)).mT).mT)
-            x = x[:, n - pad[0]:x.shape[1] - n + pad[1]] + y
+        if self.look is not None:
+            a, b = pad or (n, n)
+            x = silence(x, valid)
+            near = self.look(F.pad(x, (0, 0, a, b)).mT).mT
+            x = x[:, n - a:x.shape[1] - n + b] + F.gelu(near)
         mask = attention_mask(valid, x.shape[1], past, cfg.chunk_codes, cfg.left_chunks, x.device)
         for layer in self.layers:
             x = layer(x, mask, cfg.left_chunks * cfg.chunk_codes, tape)
@@ -228,7 +299,7 @@ class Encoder(nn.Module):
 
 
 class Regulator(nn.Module):
-    """CosyVoice 1: mu of the codes, stretched to mel frames by linear interpolation, then smoothed by convolutions."""
+    """CosyVoice 1: smooths mu (B, T, M) after its codes were stretched to frames."""
 
     def __init__(self, mel: int):
         super().__init__()
@@ -236,137 +307,71 @@ class Regulator(nn.Module):
         self.norms = nn.ModuleList(GroupNorm(1, mel) for _ in range(4))
         self.out = Conv(mel, mel, 1)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
         for conv, norm in zip(self.convs, self.norms):
-            x = F.mish(norm(conv(x, mask), mask))
+            x = F.mish(norm(conv(x, valid), valid))
         return self.out(x)
 
 
-def stretch(x: Tensor, frames: int) -> Tensor:
-    """x (B, L, D) -> (B, frames, D)"""
-    return F.interpolate(x.mT, frames, mode="linear").mT if x.shape[1] and frames else x.new_zeros(
-        x.shape[0], frames, x.shape[2])
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the U-Net
-
-class Block(nn.Module):
-    def __init__(self, d_in: int, d_out: int, causal: bool):
-        super().__init__()
-        self.conv = Conv(d_in, d_out, 3, causal)
-        self.norm = nn.LayerNorm(d_out) if causal else GroupNorm(8, d_out)
-        self.act = F.silu if causal else F.mish  # nearly the same curve; mish costs a tenth of a training step
-
-    def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
-        x = self.conv(x, mask, tape)
-        return self.act(self.norm(x) if self.conv.causal else self.norm(x, mask))
-
-
-class Stage(nn.Module):
-    """A residual convolution block told the time, then transformer layers."""
-
-    def __init__(self, cfg: FlowConfig, d_in: int, d: int, tail: nn.Module | None = None):
-        super().__init__()
-        self.time = nn.Linear(cfg.time_dim, d)
-        self.block1, self.block2 = Block(d_in, d, cfg.causal), Block(d, d, cfg.causal)
-        self.skip = Conv(d_in, d, 1)
-        self.layers = nn.ModuleList(Layer(d, cfg.heads, cfg.head_dim, 4 * d, False) for _ in range(cfg.tf))
-        self.reach = cfg.left_chunks * cfg.chunk
-        self.tail = tail
-
-    def forward(self, x: Tensor, temb: Tensor, mask: Tensor | None, look: Tensor | None,
-                tape: Tape | None) -> Tensor:
-        h = self.block1(x, mask, tape) + self.time(F.mish(temb))[:, None]
-        x = self.block2(h, mask, tape) + self.skip(x)
-        for layer in self.layers:
-            x = layer(x, look, self.reach, tape)
-        return x
-
-
-class Up(nn.ConvTranspose1d):
-    def forward(self, x: Tensor, mask: Tensor | None = None, tape: Tape | None = None) -> Tensor:
-        return super().forward((x if mask is None else x * mask).mT).mT
-
-
 class Estimator(nn.Module):
-    """Velocity of the flow at x (B, T, M), time t (B,)."""
+    """The U-Net: velocity at the point x of the path from noise to mel, at time t."""
 
     def __init__(self, cfg: FlowConfig):
         super().__init__()
-        self.cfg, ch = cfg, cfg.channels
-        self.time = nn.Sequential(nn.Linear(4 * cfg.mel, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        for i, (a, b) in enumerate(zip((4 * cfg.mel,) + ch, ch)):
-            self.down.append(Stage(cfg, a, b, Conv(b, b, 3, cfg.causal, stride=1 if i == len(ch) - 1 else 2)))
+        self.cfg, ch, last = cfg, cfg.channels, len(cfg.channels) - 1
+        self.time = nn.Sequential(nn.Linear(4 * cfg.mel, cfg.time_dim), nn.SiLU(),
+                                  nn.Linear(cfg.time_dim, cfg.time_dim))
+        self.down = nn.ModuleList(
+            Stage(cfg, a, b, Conv(b, b, 3, cfg.causal, stride=1 if i == last else 2))
+            for i, (a, b) in enumerate(zip((4 * cfg.mel,) + ch, ch)))
         self.mid = nn.ModuleList(Stage(cfg, ch[-1], ch[-1]) for _ in range(cfg.mid))
-        for i, (a, b) in enumerate(zip(ch[::-1], ch[-2::-1] + ch[:1])):
-            self.up.append(Stage(cfg, 2 * a, b, Conv(b, b, 3, cfg.causal) if i == len(ch) - 1 else Up(b, b, 4, 2, 1)))
-        self.final_block = Block(ch[0], ch[0], cfg.causal)
-        self.final = Conv(ch[0], cfg.mel, 1)
+        self.up = nn.ModuleList(
+            Stage(cfg, 2 * a, b, Conv(b, b, 3, cfg.causal) if i == last else Upsample(b, b, 4, 2, 1))
+            for i, (a, b) in enumerate(zip(ch[::-1], ch[-2::-1] + ch[:1])))
+        self.final_block, self.final = Block(ch[0], ch[0], cfg.causal), Conv(ch[0], cfg.mel, 1)
         for m in self.modules():
             if isinstance(m, (nn.Linear, nn.Conv1d)):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-        nn.init.zeros_(self.final.weight)  # ours: start from velocity 0, not from a random one ten times too long
+        nn.init.zeros_(self.final.weight)  # ours: velocity 0 is a better first guess than any
 
-    def forward(self, x: Tensor, mu: Tensor, spk: Tensor, cond: Tensor, t: Tensor, valid: Tensor | None = None,
-                past: int = 0, tape: Tape | None = None) -> Tensor:
-        """x, mu, cond (B, T, M), spk (B, M), valid (B, T) False on pads; `past` frames lie on the tape."""
-        cfg = self.cfg
-        temb = self.time(self.time_features(t).to(x.dtype))                       # (B, time_dim)
-        x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)               # (B, T, 4M)
-
-        def masks(valid: Tensor | None, n: int):
-            return (None if valid is None else valid[..., None].to(x.dtype),
-                    attention_mask(valid, n, past, cfg.chunk, cfg.left_chunks, x.device))
-
-        levels, skips = [masks(valid, x.shape[1])], []
-        for i, stage in enumerate(self.down):
-            x = stage(x, temb, *levels[-1], tape)
+    def forward(self, x: Tensor, mu: Tensor, spk: Tensor, cond: Tensor, t: Tensor,
+                valid: Tensor | None = None, past: int = 0, tape: Tape | None = None) -> Tensor:
+        """x, mu, cond (B, T, M), spk (B, M), t (B,), valid (B, T) or None -> (B, T, M)"""
+        cfg, levels, skips = self.cfg, [], []
+        angle = angles(1000 * t, 2 * cfg.mel, 2 * cfg.mel - 1)
+        temb = self.time(torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype))  # (B, time_dim)
+        x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)  # (B, T, 4M)
+        for stage in self.down:
+            valid = valid if valid is None or not levels else valid[:, ::2]
+            mask = attention_mask(valid, x.shape[1], past, cfg.chunk, cfg.left_chunks, x.device)
+            levels.append((valid, mask))
+            x = stage(x, temb, valid, mask, tape)
             skips.append(x)
-            x = stage.tail(x, levels[-1][0], tape)
-            if i < len(self.down) - 1:
-                valid = None if valid is None else valid[:, ::2]
-                levels.append(masks(valid, x.shape[1]))
+            x = stage.tail(x, valid, tape)
         for stage in self.mid:
             x = stage(x, temb, *levels[-1], tape)
         for stage in self.up:
-            skip, level = skips.pop(), levels.pop()
-            x = stage(torch.cat([x[:, :skip.shape[1]], skip], -1), temb, *level, tape)
-            x = stage.tail(x, level[0], tape)
-        return self.final(self.final_block(x, level[0], tape))
+            skip, (valid, mask) = skips.pop(), levels.pop()
+            x = torch.cat([x[:, :skip.shape[1]], skip], -1)  # an odd length came back one longer
+            x = stage.tail(stage(x, temb, valid, mask, tape), valid, tape)
+        return self.final(self.final_block(x, valid, tape))
 
-    def time_features(self, t: Tensor) -> Tensor:
-        half = 2 * self.cfg.mel
-        freq = torch.exp(torch.arange(half, device=t.device) * (-math.log(1e4) / (half - 1)))
-        angle = 1000 * t[:, None].float() * freq
-        return torch.cat([angle.sin(), angle.cos()], -1)                          # (B, 4M)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# the model
 
 @dataclass
 class FlowState:
-    """What streaming remembers; its size does not depend on how much was said. Never changed in place, so a state
-    that has heard the prompt can start any number of replies."""
-    spk: Tensor                     # (1, M) projected
-    prompt: Tensor                  # (1, P, M) normalised mel of the prompt
+    """What streaming remembers. Never changed in place, so that one state, which has heard the
+    prompt, can begin any number of replies; of constant size if the flow is causal."""
+    spk: Tensor  # (1, M) projected
+    prompt: Tensor  # (1, P, M) normalised mel of the prompt
     steps: int
     cfg: float
     seed: int
-    codes: Tensor                   # (1, n) not yet rendered, and `look_ahead` before them as neighbours
-    done: int = 0                   # codes rendered, prompt included
-    encoder: list[Tensor] = field(default_factory=list)           # keys and values a layer: (1, S, D)
-    solver: list[list[Tensor]] = field(default_factory=list)      # a step: convolution and key/value tails (2, n, D)
-
-
-def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
-    """Gaussian noise of frames start..stop, (1, stop - start, mel): the same whoever asks, in whatever pieces."""
-    first = start // NOISE_BLOCK
-    blocks = [torch.randn(NOISE_BLOCK, mel, generator=torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63))
-              for i in range(first, max(first + 1, -(-stop // NOISE_BLOCK)))]
-    return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
+    codes: Tensor  # (1, n) not rendered yet, and up to `look_ahead` rendered neighbours before
+    done: int = 0  # codes rendered, the prompt's included
+    encoder: list[Tensor] = field(default_factory=list)  # tape: keys, values (1, reach, D)
+    solver: list[list[Tensor]] = field(default_factory=list)  # a tape an Euler step (2, n, D)
 
 
 class Flow(nn.Module):
@@ -377,40 +382,42 @@ class Flow(nn.Module):
         self.spk_proj = nn.Linear(cfg.spk_dim, cfg.mel)
         self.encoder = Encoder(cfg)
         self.mu_proj = nn.Linear(cfg.dim, cfg.mel)
-        if not cfg.causal:
-            self.regulator = Regulator(cfg.mel)
+        self.regulator = None if cfg.causal else Regulator(cfg.mel)
         self.estimator = Estimator(cfg)
 
-    # -- training
+    @property
+    def hop_codes(self) -> int:
+        """Codes to hand to `stream` at a time: three chunks, a good part of the speed of many."""
+        return max(1, 3 * self.cfg.chunk_codes)
 
-    def forward(self, codes: Tensor, code_lengths: Tensor, mel: Tensor, spk: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, codes: Tensor, code_lengths: Tensor, mel: Tensor,
+                spk: Tensor) -> tuple[Tensor, Tensor]:
         """codes (B, L), code_lengths (B,), natural-log mel (B, >= frames(L), M), spk (B, spk_dim)
-        -> (the mel that one step from here would reach (B, T, M), loss).
+        -> mel as guessed in one step (B, T, M), loss. ValueError for odd codes or a short mel.
 
-        The loss counts every frame, the prompt's too (`only_mask_loss` of the released config is never read)."""
-        frames = torch.tensor([self.cfg.frames(n) for n in code_lengths.tolist()], device=mel.device)
+        The loss is over all frames, the prompt's too: the released switch against it is not read.
+        """
+        b, device = len(codes), mel.device
+        frames = torch.tensor([self.cfg.frames(n) for n in code_lengths.tolist()], device=device)
         total = int(frames.max())
         if mel.shape[1] < total:
-            raise ValueError(f"mel has {mel.shape[1]} frames, its codes say {total}")
-        x1 = self.normalise(mel[:, :total])
+            raise ValueError(f"mel has {mel.shape[1]} frames, its codes make {total}")
+        x1, valid = self.normalise(mel[:, :total]), real(frames, total)
         mu = self.mean(codes, code_lengths, frames)
-        valid = self.valid(frames, total)
-        # Half of the samples know the first 0..30 % of the mel: that is how a prompt's voice is carried on.
-        known = (torch.rand(len(x1), device=mel.device) * 0.3 * frames * (torch.rand(len(x1), device=mel.device) < 0.5))
-        cond = x1 * (torch.arange(total, device=mel.device) < known.long()[:, None])[..., None]
-        # Classifier-free guidance needs a model that can also do without any condition.
-        keep = (torch.rand(len(x1), 1, device=mel.device) >= 0.2).to(mu.dtype)
+        # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
+        known = (torch.rand(b, device=device) * 0.3 * frames).long()
+        known = known * (torch.rand(b, device=device) < 0.5)
+        cond = x1 * (torch.arange(total, device=device) < known[:, None])[..., None]
+        # Guidance contrasts the model with itself unconditioned: a fifth of the samples teach that.
+        keep = (torch.rand(b, 1, device=device) >= 0.2).to(mu.dtype)
         mu, cond, voice = mu * keep[..., None], cond * keep[..., None], self.voice(spk) * keep
 
-        z, t = torch.randn_like(x1), torch.rand(len(x1), device=mel.device)
+        z, t = torch.randn_like(x1), torch.rand(b, device=device)
         s = t[:, None, None].to(x1.dtype)
         xt = (1 - (1 - SIGMA) * s) * z + s * x1
         v = self.estimator(xt, mu, voice, cond, t, valid)
-        error = (v - (x1 - (1 - SIGMA) * z)).square()
-        if valid is not None:
-            error = error * valid[..., None]
-        loss = error.sum() / (frames.sum() * self.cfg.mel)
-        return self.denormalise(xt + (1 - s) * v), loss
+        error = silence((v - (x1 - (1 - SIGMA) * z)).square(), valid)
+        return self.denormalise(xt + (1 - s) * v), error.sum() / (frames.sum() * self.cfg.mel)
 
     def normalise(self, mel: Tensor) -> Tensor:
         return (mel - self.cfg.mel_mean) / self.cfg.mel_std
@@ -419,131 +426,165 @@ class Flow(nn.Module):
         return mel * self.cfg.mel_std + self.cfg.mel_mean
 
     def voice(self, spk: Tensor) -> Tensor:
-        return self.spk_proj(F.normalize(spk, dim=-1))                            # (B, M)
-
-    def valid(self, lengths: Tensor, total: int) -> Tensor | None:
-        """(B, total), False on pads; None if there are none: masks cost time."""
-        if bool((lengths == total).all()):
-            return None
-        return torch.arange(total, device=lengths.device) < lengths[:, None]
+        return self.spk_proj(F.normalize(spk, dim=-1))  # (B, M)
 
     def check(self, codes: Tensor) -> Tensor:
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.cfg.codes:
-            bad = codes[(codes < 0) | (codes >= self.cfg.codes)][0]
-            raise ValueError(f"speech code {int(bad)} is outside 0..{self.cfg.codes - 1}: strip the special ids")
+        bad = codes[(codes < 0) | (codes >= self.cfg.codes)]
+        if len(bad):
+            raise ValueError(f"speech code {int(bad[0])} is not in 0..{self.cfg.codes - 1}")
         return codes
 
     def mean(self, codes: Tensor, lengths: Tensor, frames: Tensor) -> Tensor:
-        """mu (B, frames.max(), M) of a whole batch."""
-        valid = self.valid(lengths, codes.shape[1])
+        """mu (B, frames.max(), M) of a batch of codes (B, L)."""
+        valid, total = real(lengths, codes.shape[1]), int(frames.max())
         codes = self.check(codes if valid is None else codes * valid)
-        pad = (self.cfg.look_ahead,) * 2
-        mu = self.mu_proj(self.encoder(self.embed(codes), valid, pad))            # (B, L, M)
-        if self.cfg.causal:
-            return mu.repeat_interleave(int(self.cfg.frames_per_code), 1)[:, :int(frames.max())]
-        rows = [stretch(m[None, :n], f)[0] for m, n, f in zip(mu, lengths.tolist(), frames.tolist())]
-        valid = self.valid(frames, int(frames.max()))
-        mask = None if valid is None else valid[..., None].to(mu.dtype)
-        return self.regulator(nn.utils.rnn.pad_sequence(rows, batch_first=True), mask)
+        mu = self.mu_proj(self.encoder(self.embed(codes), valid))  # (B, L, M)
+        if self.regulator is None:
+            return mu.repeat_interleave(int(self.cfg.frames_per_code), 1)[:, :total]
+        mu = [stretch(m[None, :n], f)[0] for m, n, f in zip(mu, lengths.tolist(), frames.tolist())]
+        return self.regulator(nn.utils.rnn.pad_sequence(mu, True), real(frames, total))
 
-    # -- generation
-
-    @torch.no_grad()
     def generate(self, codes: Tensor, spk: Tensor, prompt_codes: Tensor | None = None,
-                 prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7, seed: int = 0) -> Tensor:
-        """codes (1, L), spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, frames, M) -> mel (1, frames(L), M).
+                 prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
+                 seed: int = 0) -> Tensor:
+        """codes (1, L), spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, frames, M)
+        -> mel (1, frames(L), M). `cfg` is the strength of guidance (0 halves the work).
 
-        steps of the Euler solver, cfg the strength of guidance (0: none, half the work), seed of the noise.
-        Raises ValueError for ids outside the codebook or a prompt whose mel is shorter than its codes."""
+        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
         state = self.start(spk, prompt_codes, prompt_mel, steps, cfg, seed)
-        if self.cfg.causal:
-            return self.stream(codes, state, final=True)[0]
-        frames, known = self.cfg.frames(codes.shape[1]), state.prompt.shape[1]
-        if not frames:
-            return state.prompt[:, :0]
-        mu = self.prompted_mean(self.check(torch.cat([state.codes, codes], 1)), state.codes.shape[1], known, frames)
-        x = self.solve(mu, state, 0, [None] * steps)
-        return self.denormalise(x[:, known:])
-
-    def prompted_mean(self, codes: Tensor, n_prompt: int, known: int, frames: int) -> Tensor:
-        """mu (1, known + frames, M), as released: prompt and target are stretched apart, and the first and last 20
-        codes of a long target apart from its middle, so that borders do not drift with length."""
-        h = self.mu_proj(self.encoder(self.embed(codes), None, (0, 0)))           # (1, P + L, M)
-        parts, h = [stretch(h[:, :n_prompt], known)], h[:, n_prompt:]
-        if h.shape[1] > 40:
-            edge = self.cfg.frames(20)
-            parts += [stretch(h[:, :20], edge), stretch(h[:, 20:-20], frames - 2 * edge), stretch(h[:, -20:], edge)]
-        else:
-            parts.append(stretch(h, frames))
-        return self.regulator(torch.cat(parts, 1))
-
-    def solve(self, mu: Tensor, state: FlowState, start: int, tapes: list[Tape | None], past: int = 0) -> Tensor:
-        """Euler from noise to mel for frames start.. of mu (1, T, M); the cosine grid takes small steps first."""
-        t_end = start + mu.shape[1]
-        known = state.prompt[:, start:t_end]
-        cond = F.pad(known, (0, 0, 0, mu.shape[1] - known.shape[1]))
-        x = noise(state.seed, start, t_end, self.cfg.mel).to(mu)
-        grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
-        rows = 2 if state.cfg else 1                                              # the second without conditions
-        fade = torch.tensor([1.0, 0.0], device=mu.device, dtype=mu.dtype)[:rows, None]
-        mu, cond, spk = mu * fade[..., None], cond * fade[..., None], state.spk * fade
-        for tape, t, t_next in zip(tapes, grid, grid[1:]):
-            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), None, past, tape)
-            v = (1 + state.cfg) * v[:1] - state.cfg * v[-1:]
-            x = x + (t_next - t) * v
-        return x
-
-    # -- streaming
+        return self.stream(codes, state, final=True)[0]
 
     @torch.no_grad()
-    def start(self, spk: Tensor, prompt_codes: Tensor | None = None, prompt_mel: Tensor | None = None,
-              steps: int = 10, cfg: float = 0.7, seed: int = 0) -> FlowState:
-        """The state before the first code. A causal model renders the prompt here, once: keep the state for the
-        next reply in the same voice."""
-        mel = prompt_mel if prompt_mel is not None else spk.new_zeros(1, 0, self.cfg.mel)
-        codes = prompt_codes if prompt_codes is not None else torch.zeros(1, 0, dtype=torch.long, device=spk.device)
+    def start(self, spk: Tensor, prompt_codes: Tensor | None = None,
+              prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
+              seed: int = 0) -> FlowState:
+        """The state before the first code. A causal flow renders the prompt here, once: keep the
+        state for later replies with the same voice and seed."""
+        if prompt_codes is None:
+            prompt_codes = torch.zeros(1, 0, dtype=torch.long, device=spk.device)
+        if prompt_mel is None:
+            prompt_mel = spk.new_zeros(1, 0, self.cfg.mel)
+        n, got = prompt_codes.shape[1], prompt_mel.shape[1]
+        need = self.cfg.frames(n)
+        if got < need - (0 if self.cfg.causal else 6) or (got > 0) != (n > 0):
+            raise ValueError(f"prompt: {n} codes make {need} mel frames, got {got}")
         if self.cfg.causal:
-            if mel.shape[1] < self.cfg.frames(codes.shape[1]):
-                raise ValueError(f"prompt: {codes.shape[1]} codes need {self.cfg.frames(codes.shape[1])} mel frames, "
-                                 f"got {mel.shape[1]}")
-            mel = mel[:, :self.cfg.frames(codes.shape[1])]
-        state = FlowState(self.voice(spk), self.normalise(mel), steps, cfg, seed, codes[:, :0])
-        if self.cfg.causal:
-            return self.stream(codes, state, final=False)[1]
-        return replace(state, codes=self.check(codes))
+            prompt_mel = prompt_mel[:, :need]
+        state = FlowState(self.voice(spk), self.normalise(prompt_mel), steps, cfg, seed,
+                          prompt_codes[:, :0])
+        state = self.stream(prompt_codes, state, final=False)[1]
+        return state if self.cfg.causal else replace(state, done=n)
 
     @torch.no_grad()
     def stream(self, codes: Tensor, state: FlowState, final: bool) -> tuple[Tensor, FlowState]:
-        """More codes (1, n >= 0) -> (the mel that is certain now (1, T, M), state). Chunks leave as soon as they and
-        `look_ahead` codes more are there; `final` flushes the rest. Sums up to exactly what `generate` returns."""
-        if not self.cfg.causal:
-            raise ValueError("a full-context flow cannot stream: collect the codes and call generate")
+        """More codes (1, n >= 0) -> the mel now certain (1, T >= 0, M), state. In sum exactly what
+        `generate` returns. A chunk leaves once `look_ahead` codes after it are there, the rest
+        with `final`. Without causality all mel depends on all codes and leaves with `final`."""
         cfg, mels = self.cfg, [state.prompt[:, :0]]
         state = replace(state, codes=torch.cat([state.codes, self.check(codes)], 1))
+        if not cfg.causal:
+            mel = self.offline(state) if final else mels[0]
+            return self.denormalise(mel), state
         while True:
-            before = min(state.done, cfg.look_ahead)                              # neighbours, rendered already
-            fresh = state.codes.shape[1] - before
-            ready = fresh if final else max(0, fresh - cfg.look_ahead) // cfg.chunk_codes * cfg.chunk_codes
-            n = min(ready, SEGMENT * cfg.chunk_codes)
+            before = min(state.done, cfg.look_ahead)
+            n = state.codes.shape[1] - before
+            if not final:
+                n = max(0, n - cfg.look_ahead) // cfg.chunk_codes * cfg.chunk_codes
             if n == 0:
                 return self.denormalise(torch.cat(mels, 1)), state
-            mel, state = self.segment(state, before, n)
+            mel, state = self.segment(state, before, min(n, SEGMENT * cfg.chunk_codes))
             mels.append(mel)
 
     def segment(self, state: FlowState, before: int, n: int) -> tuple[Tensor, FlowState]:
-        """Render the next n codes: whole chunks, or whatever is left at the end."""
-        cfg, la = self.cfg, self.cfg.look_ahead
-        seen = state.codes[:, :before + n + la]
-        pad = (la - before, before + n + la - seen.shape[1])
-        past = min(state.done, cfg.left_chunks * cfg.chunk_codes)                 # codes
+        """Render the next n codes, whole chunks unless the reply ends with them; `before` rendered
+        codes are still at hand as neighbours."""
+        cfg, ahead = self.cfg, self.cfg.look_ahead
+        seen = state.codes[:, :before + n + ahead]
+        pad = (ahead - before, before + n + ahead - seen.shape[1])
+        past = min(state.done, cfg.left_chunks * cfg.chunk_codes)
         tape = Tape(state.encoder)
-        mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
-        mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)                    # (1, T, M)
         tapes = [Tape(old) for old in state.solver or [[]] * state.steps]
+        mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
+        mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)
-        x = self.solve(mu, state, start, tapes, cfg.frames(past))
-        done = state.done + n
-        keep = max(0, before + n - la)                                            # codes no longer needed
-        state = replace(state, codes=state.codes[:, keep:], done=done, encoder=tape.new,
+        x = self.solve(mu, state, start, cfg.frames(past), tapes)
+        drop = max(0, before + n - ahead)
+        state = replace(state, codes=state.codes[:, drop:], done=state.done + n, encoder=tape.new,
                         solver=[t.new for t in tapes])
         return x[:, max(0, state.prompt.shape[1] - start):], state
+
+    def offline(self, state: FlowState) -> Tensor:
+        """CosyVoice 1 on all codes at once -> normalised mel (1, T, M). Prompt and reply are
+        stretched apart, and so are the first and last 20 codes of a long reply, as released."""
+        h = self.mu_proj(self.encoder(self.embed(state.codes)))  # (1, P + L, M)
+        known, h, prompt = state.prompt.shape[1], h[:, state.done:], h[:, :state.done]
+        frames, edge = self.cfg.frames(h.shape[1]), self.cfg.frames(20)
+        if not frames:
+            return state.prompt[:, :0]
+        parts = [stretch(prompt, known)] if known else []
+        if h.shape[1] > 40:
+            parts += [stretch(h[:, :20], edge), stretch(h[:, 20:-20], frames - 2 * edge)]
+            h, frames = h[:, -20:], edge
+        mu = self.regulator(torch.cat(parts + [stretch(h, frames)], 1))
+        return self.solve(mu, state, 0, 0, [None] * state.steps)[:, known:]
+
+    def solve(self, mu: Tensor, state: FlowState, start: int, past: int,
+              tapes: list[Tape | None]) -> Tensor:
+        """Euler's method from noise to mel for the frames of mu (1, T, M), the first of which is
+        frame `start`. The cosine grid takes its small steps first, where the path is undecided."""
+        frames, rows = mu.shape[1], 2 if state.cfg else 1  # second row: no condition, for guidance
+        known = state.prompt[:, start:start + frames]
+        cond = F.pad(known, (0, 0, 0, frames - known.shape[1]))
+        fade = torch.tensor([1.0, 0.0], device=mu.device, dtype=mu.dtype)[:rows, None]
+        mu, cond, spk = mu * fade[..., None], cond * fade[..., None], state.spk * fade
+        x = noise(state.seed, start, start + frames, self.cfg.mel).to(mu)
+        grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
+        for tape, t, t_next in zip(tapes, grid, grid[1:]):
+            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), None, past,
+                               tape)
+            x = x + (t_next - t) * ((1 + state.cfg) * v[:1] - state.cfg * v[-1:])
+        return x
+
+
+# ---- loading of released weights
+
+COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
+    ("input_embedding.", "embed."), ("spk_embed_affine_layer.", "spk_proj."),
+    ("encoder_proj.", "mu_proj."), ("encoder.embed.out.0.", "encoder.proj."),
+    ("encoder.embed.out.1.", "encoder.proj_norm."), ("encoder.after_norm.", "encoder.norm."),
+    ("encoder.encoders.", "encoder.layers."), ("self_attn.linear_", "attn."),
+    ("self_attn.pos_", "attn."), ("feed_forward.w_1.", "ff.0."), ("feed_forward.w_2.", "ff.2."),
+    ("norm_mha.", "norm1."), ("norm_ff.", "norm2."),
+    ("length_regulator.model.12.", "regulator.out."),
+    *((f"length_regulator.model.{3 * i}.", f"regulator.convs.{i}.") for i in range(4)),
+    *((f"length_regulator.model.{3 * i + 1}.", f"regulator.norms.{i}.") for i in range(4)),
+    ("decoder.estimator.", "estimator."), ("time_mlp.linear_1.", "time.0."),
+    ("time_mlp.linear_2.", "time.2."), ("final_proj.", "final."),
+    *((f"{part}_blocks.{i}.{a}", f"{part}.{i}.{b}") for part in ("down", "mid", "up")
+      for i in range(12) for a, b in (("0.", ""), ("1.", "layers."), ("2.conv.", "tail."),
+                                      ("2.", "tail."))),
+    ("mlp.1.", "time."), ("res_conv.", "skip."), ("block.0.", "conv."), ("block.1.", "norm."),
+    ("attn1.to_out.0.", "attn.out."), ("attn1.to_", "attn."), ("norm3.", "norm2."),
+    ("ff.net.0.proj.", "ff.0."), ("ff.net.2.", "ff.2."))
+
+
+def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released flow.pt (25 Hz) as state dict of Flow(FlowConfig.cosyvoice1()).
+
+    ValueError naming the key that is unknown, missing or of another shape."""
+    with torch.device("meta"):
+        want = Flow(FlowConfig.cosyvoice1()).state_dict()
+    out = {}
+    for key, value in state.items():
+        name = key
+        for old, new in COSYVOICE1:
+            name = name.replace(old, new)
+        if name not in want or name in out:
+            raise ValueError(f"CosyVoice flow: unknown key {key}")
+        if value.shape != want[name].shape:
+            raise ValueError(f"CosyVoice flow: {key} has shape {tuple(value.shape)}, "
+                             f"expected {tuple(want[name].shape)}")
+        out[name] = value
+    for name in want.keys() - out.keys():
+        raise ValueError(f"CosyVoice flow: nothing for {name}")
+    return out
