@@ -1,15 +1,16 @@
 """The language model: Qwen2.5 with a second vocabulary of speech codes (paper: Architecture, LLM).
 
-The same stack of layers reads text rows, speech-code rows and the adapter's audio vectors, and has two heads:
-text (tied to the text table where Qwen2.5 ties it) and speech. Text tables keep their size, so a published
-Qwen2.5 loads untouched; speech code c is called by the virtual id `vocab + c`.
+One stack of layers reads text rows, speech-code rows and the adapter's audio vectors, and has two
+heads, text and speech. The text table keeps its size, so a published Qwen2.5 loads untouched;
+speech code c is called by the virtual id `vocab + c`.
 
-Legend: B batch, T new positions, S all positions (cached + new), D width, H query heads, K key/value heads,
-G = H / K queries that share a key head, E width of a head, V text vocabulary, C speech codes.
+Legend: B batch, T new positions, S all positions (cached + new), D width, H query heads,
+K key/value heads, E width of a head, V text vocabulary, C speech codes.
 
-References: Qwen2.5 technical report (arXiv:2412.15115); RoPE (arXiv:2104.09864); GQA (arXiv:2305.13245);
-parameter names inside the state dict are those of Hugging Face's Qwen2.
+References: Qwen2.5 (arXiv:2412.15115), RoPE (2104.09864), GQA (2305.13245), SwiGLU (2002.05202).
+State dicts carry the parameter names of Hugging Face's Qwen2, without their leading `model.`.
 """
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,103 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+
+def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype):
+    """cos and signed sin (..., T, 1, E) for `rotate`; angles in float32 whatever the dtype."""
+    rates = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
+    angles = positions[..., None, None].float() * rates  # (..., T, 1, E/2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x (B, T, heads, E). As in Qwen's files, dimension i turns together with i + E/2."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def fuse(home: nn.Module, name: str, dim: int, parts: dict[str, int], bias: bool) -> None:
+    """Set `home.<name>` to one linear doing the work of several that read the same input.
+
+    One product of big matrices is faster than three of small ones (here 4 % in training, 9 % in
+    decoding). State dicts still hold the parts under their own names, as everyone's files do.
+    """
+    linear = nn.Linear(dim, sum(parts.values()), bias)
+    setattr(home, name, linear)
+    kinds = [kind for kind, _ in linear.named_parameters()]  # weight, bias
+
+    def split(_, state, prefix, __):
+        for kind in kinds:
+            rows = state.pop(f"{prefix}{name}.{kind}").split(list(parts.values()))
+            state.update({f"{prefix}{part}.{kind}": r for part, r in zip(parts, rows)})
+
+    def join(_, state, prefix, *__):
+        for kind in kinds:
+            keys = [f"{prefix}{part}.{kind}" for part in parts]
+            if all(key in state for key in keys):  # else torch's own error tells what is missing
+                state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in keys])
+
+    home.register_state_dict_post_hook(split)
+    home.register_load_state_dict_pre_hook(join)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.heads, self.kv_heads, self.width = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
+        q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
+        fuse(self, "qkv", cfg.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=True)
+        self.o_proj = nn.Linear(q, cfg.dim, bias=False)
+
+    def forward(self, x, cos, sin, mask, cache, index):
+        (B, T, _), H, K, E = x.shape, self.heads, self.kv_heads, self.width
+        qk, v = self.qkv(x).view(B, T, H + 2 * K, E).split([H + K, K], 2)
+        q, k = rotate(qk, cos, sin).split([H, K], 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
+        if cache is not None:
+            k, v = cache.write(index, k, v)  # (B, K, S, E)
+        if T == 1:
+            # The one new position sees every key, so the queries that share a key head can stand
+            # in for its time axis: no mask, and the cache is read in place, not copied per query.
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v)
+        else:  # repeated by hand: not every fused kernel knows both a mask and enable_gqa
+            k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))  # (B, H, S, E)
+            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            y = y.transpose(1, 2)  # (B, T, H, E)
+        return self.o_proj(y.reshape(B, T, H * E))
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        fuse(self, "gate_up", cfg.dim, {"gate_proj": cfg.ffn, "up_proj": cfg.ffn}, bias=False)
+        self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        self.input_layernorm = RMSNorm(cfg.dim, cfg.eps)
+        self.self_attn = Attention(cfg)
+        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.eps)
+        self.mlp = MLP(cfg)
+
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 @dataclass
@@ -32,16 +130,15 @@ class DecoderConfig:
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied: bool = True  # the text head is the text table
-    codes: int = 1024  # `codes` opens and closes speech; +1, +2 wrap the user's audio (input only)
+    codes: int = 1024  # id `codes` opens and closes speech; +1, +2 wrap the user's audio (input)
 
 
 class KVCache:
-    """Keys and values of every layer, (L, B, K, max_len, E) each, allocated once and filled in place.
+    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place.
 
-    `length` positions are filled and all rows of the batch are equally long. (Rows of different length
-    would not need left pads: make `length` a (B,) tensor, scatter each row's new key at its own length,
-    and mask keys >= length; what lies behind is zero or stale but finite, so a masked key adds nothing.)
-    To forget a turn, set `length` back.
+    `length` positions are filled, equally in every row; set it back to forget the newest.
+    Rows of different lengths will not need left pads: with `length` (B,), scatter each new key
+    at its row's own length and mask what lies beyond, which is old or zero but always finite.
     """
 
     def __init__(self, cfg: DecoderConfig, batch: int, max_len: int,
@@ -51,111 +148,12 @@ class KVCache:
         self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length, self.max_len = 0, max_len
 
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, K, T, E) behind `length`; returns views of all filled keys and values."""
+    def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a layer's k, v (B, K, T, E) behind `length`; views (B, K, S, E) of all so far."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-
-def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype):
-    """cos and signed sin, (..., T, 1, E), for `rotate`; angles in float32 whatever the model's dtype."""
-    rates = theta ** (-torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim)
-    angles = positions[..., None, None].float() * rates  # (..., T, 1, E/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x (B, T, heads, E): dimension i turns with i + E/2, as Hugging Face lays Qwen out."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def fuse(home: nn.Module, name: str, dim: int, parts: dict[str, int], bias: bool):
-    """Set `home.<name>` to one linear that does the work of several with the same input.
-
-    One big matrix product is faster than three small ones; the state dict still shows the parts under
-    their own names (`q_proj`, ...), so checkpoints look like everyone's.
-    """
-    linear = nn.Linear(dim, sum(parts.values()), bias)
-    setattr(home, name, linear)
-    kinds = [kind for kind, _ in linear.named_parameters()]
-
-    def split(_, state, prefix, __):
-        for kind in kinds:
-            rows = state.pop(f"{prefix}{name}.{kind}").split(list(parts.values()))
-            state.update({f"{prefix}{part}.{kind}": r for part, r in zip(parts, rows)})
-
-    def join(_, state, prefix, *__):
-        for kind in kinds:
-            keys = [f"{prefix}{part}.{kind}" for part in parts]
-            if all(key in state for key in keys):
-                state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in keys])
-
-    home.register_state_dict_post_hook(split)
-    home.register_load_state_dict_pre_hook(join)
-
-
-class Attention(nn.Module):
-    def __init__(self, cfg: DecoderConfig):
-        super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
-        q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        fuse(self, "qkv", cfg.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=True)
-        self.o_proj = nn.Linear(q, cfg.dim, bias=False)
-
-    def forward(self, x, cos, sin, mask, cache, layer):
-        B, T, _ = x.shape
-        H, K, E = self.heads, self.kv_heads, self.head_dim
-        qkv = self.qkv(x).view(B, T, H + 2 * K, E)
-        qk, v = qkv.split([H + K, K], 2)
-        q, k = rotate(qk, cos, sin).split([H, K], 2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, E)
-        if cache is not None:
-            k, v = cache.write(layer, k, v)  # (B, K, S, E)
-        if T == 1:  # one new token sees every key: the G queries of a key head are its "time" axis
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v)
-        else:
-            k, v = (t[:, :, None].expand(-1, -1, H // K, -1, -1).reshape(B, H, -1, E) for t in (k, v))
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
-            y = y.transpose(1, 2)  # (B, T, H, E)
-        return self.o_proj(y.reshape(B, T, H * E))
-
-
-class MLP(nn.Module):
-    """SwiGLU: silu(gate) * up, then down."""
-
-    def __init__(self, cfg: DecoderConfig):
-        super().__init__()
-        fuse(self, "gate_up", cfg.dim, {"gate_proj": cfg.ffn, "up_proj": cfg.ffn}, bias=False)
-        self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
-
-    def forward(self, x):
-        gate, up = self.gate_up(x).chunk(2, -1)
-        return self.down_proj(F.silu(gate) * up)
-
-
-class Layer(nn.Module):
-    def __init__(self, cfg: DecoderConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(cfg.dim, cfg.eps)
-        self.self_attn = Attention(cfg)
-        self.post_attention_layernorm = RMSNorm(cfg.dim, cfg.eps)
-        self.mlp = MLP(cfg)
-
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self.k[index, :, :, self.length:end] = k
+        self.v[index, :, :, self.length:end] = v
+        return self.k[index, :, :, :end], self.v[index, :, :, :end]
 
 
 class Decoder(nn.Module):
@@ -168,16 +166,16 @@ class Decoder(nn.Module):
         if not cfg.tied:
             self.lm_head = nn.Linear(cfg.dim, cfg.vocab, bias=False)
         self.speech_embed = nn.Embedding(cfg.codes + 3, cfg.dim)
-        self.speech_head = nn.Linear(cfg.dim, cfg.codes + 1, bias=True)
+        self.speech_head = nn.Linear(cfg.dim, cfg.codes + 1)
         for name, p in self.named_parameters():
-            if p.dim() == 2:  # what adds to the residual stream starts smaller, the deeper the stack
+            if p.dim() == 2:  # what adds to the residual stream starts smaller in a deep stack
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * cfg.n_layers) ** 0.5 if deep else 0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Virtual ids (B, T) -> rows (B, T, D): id < V text, V + c speech row c, negative zeros."""
+        """Virtual ids (B, T) -> (B, T, D): below V text, V + c speech row c, negative zeros."""
         vocab = self.cfg.vocab
         text = self.embed_tokens(ids.clamp(0, vocab - 1))  # (B, T, D)
         speech = self.speech_embed((ids - vocab).clamp(min=0))
@@ -186,11 +184,11 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
-        """x (B, T, D) -> hidden (B, T, D) behind the final norm. Causal, so right pads need no mask.
+        """x (B, T, D) -> hidden (B, T, D) after the final norm. Causal: right pads need no mask.
 
-        mask (B, T) bool, without a cache: False keys are seen by nobody (unknown labels, paper App. A).
-        positions (B, T) or (T,): by default the running index, which an unseen key does not advance.
-        cache: x continues it; the new keys are written in place and `cache.length` grows by T.
+        mask (B, T) bool, only without a cache: a False key is seen by nobody (unknown labels).
+        positions (B, T) or (T,); by default they count the seen keys, so skip the unseen.
+        cache: x continues it. ValueError if it is too short.
         """
         T, past = x.shape[1], cache.length if cache is not None else 0
         if cache is not None and past + T > cache.max_len:
@@ -199,18 +197,18 @@ class Decoder(nn.Module):
             positions = (torch.arange(past, past + T, device=x.device) if mask is None
                          else (mask.cumsum(1) - 1).clamp(min=0))
         cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
-        seen = None  # None: plain causal from an empty cache, the fast kernel
+        seen = None  # plain causal with nothing cached: the kernel needs no mask and is fastest
         if mask is not None or (past and T > 1):
-            seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+            seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
             seen = seen if mask is None else seen & mask[:, None, None]  # (B, 1, T, S)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, seen, cache, i)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, seen, cache, index)
         if cache is not None:
             cache.length += T
         return self.norm(x)
 
     def prefill(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Append a stretch x (B, T, D) to the cache -> hidden of its last position (B, 1, D)."""
+        """Append x (B, T, D) to the cache -> hidden (B, 1, D) of its last position."""
         return self(x, cache=cache)[:, -1:]
 
     def decode(self, x: Tensor, cache: KVCache) -> Tensor:
@@ -218,10 +216,74 @@ class Decoder(nn.Module):
         return self(x, cache=cache)
 
     def logits(self, hidden: Tensor, head: str = "text") -> Tensor:
-        """(..., D) -> (..., V) text, (..., C + 1) speech, or both side by side, indexed by virtual id."""
-        text = self.embed_tokens.weight if self.cfg.tied else self.lm_head.weight
-        if head == "text":
-            return F.linear(hidden, text)
+        """hidden (..., D) -> "text" (..., V), "speech" (..., C + 1), or "joint": both side by
+        side, so that a virtual id is its index."""
         if head == "speech":
             return self.speech_head(hidden)
-        return torch.cat([F.linear(hidden, text), self.speech_head(hidden)], -1)
+        text = F.linear(hidden, (self.embed_tokens if self.cfg.tied else self.lm_head).weight)
+        return text if head == "text" else torch.cat([text, self.speech_head(hidden)], -1)
+
+
+# Foreign names -> ours, by prefix. A tied file may repeat its text table under other names.
+QWEN2 = {"model.": "", "lm_head.": "lm_head."}
+QWEN2_TIED = QWEN2 | {"lm_head.": "embed_tokens."}
+OSUM = {"llama_model.model.": "", "llama_model.lm_head.": "embed_tokens.",
+        "embed_tokens.": "embed_tokens.", "lm_head.": "embed_tokens.",
+        "speech_token_emded.": "speech_embed.", "speech_head.": "speech_head.",  # their spelling
+        "llama_model.speech_token_emded.": "speech_embed.",
+        "llama_model.speech_head.": "speech_head."}
+
+
+def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
+    """Keys by the longest prefix of theirs in the table; copies of one weight must agree."""
+    found = {}
+    for key, value in state.items():
+        prefix = max((p for p in table if key.startswith(p)), key=len, default=None)
+        if prefix is None:
+            raise ValueError(f"{key}: no such weight in the decoder")
+        name = table[prefix] + key[len(prefix):]
+        if name in found and not torch.equal(found[name], value):
+            raise ValueError(f"{key}: differs from the other copy of {name}")
+        found[name] = value
+    return found
+
+
+def checked(state: dict[str, Tensor], cfg: DecoderConfig, speech: bool = True):
+    """`state` itself if its keys (speech_* among them or not) and shapes are the decoder's."""
+    with torch.device("meta"):
+        own = Decoder(cfg).state_dict()
+    own = {k: v.shape for k, v in own.items() if speech or not k.startswith("speech_")}
+    for key in sorted(own.keys() | state.keys()):
+        if key not in state or key not in own:
+            raise ValueError(f"{key}: " + ("missing" if key in own else "no such weight here"))
+        if state[key].shape != own[key]:
+            raise ValueError(f"{key}: {tuple(state[key].shape)}, expected {tuple(own[key])}")
+    return state
+
+
+def load_osum(state: dict[str, Tensor], cfg: DecoderConfig) -> dict[str, Tensor]:
+    """The released file's llama_model, speech_token_emded and speech_head keys -> state dict."""
+    return checked(renamed(state, OSUM), cfg)
+
+
+def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """A Hugging Face Qwen2 / Qwen2.5 folder, sharded or not -> (DecoderConfig fields, state dict
+    without speech_*). ValueError: another architecture, or the weight that does not fit."""
+    folder = Path(folder)
+    hf = json.loads((folder / "config.json").read_text())
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if (hf["model_type"], hf.get("use_sliding_window", False), kind) != ("qwen2", False, "default"):
+        raise ValueError(f"{folder}/config.json: not a plain qwen2 with unscaled positions")
+    fields = dict(
+        vocab=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
+        n_heads=hf["num_attention_heads"], n_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+        ffn=hf["intermediate_size"], rope_theta=rope.get("rope_theta") or hf["rope_theta"],
+        eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False))
+    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    state = {key: value for shard in shards for key, value in load_file(folder / shard).items()}
+    state = renamed(state, QWEN2_TIED if fields["tied"] else QWEN2)
+    return fields, checked(state, DecoderConfig(**fields), speech=False)

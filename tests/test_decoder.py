@@ -1,0 +1,260 @@
+"""The decoder: Qwen2's own answers, cache and masks, sizes, virtual ids, foreign weights."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from decoder import OSUM, Decoder, DecoderConfig, KVCache, load_osum, load_qwen2
+
+CFG = DecoderConfig(vocab=50, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn=32,
+                    codes=20)
+GOLDEN = Path(__file__).parent / "golden" / "qwen2_tiny.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def model():
+    model = Decoder(CFG).eval().requires_grad_(False)
+    for p in model.parameters():  # not the gentle start of training: every part must matter
+        torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def qwen2_folder(folder: Path, name: str, shards: int = 1) -> Path:
+    """A Hugging Face folder of the golden model `name`, in one file or several."""
+    with safe_open(GOLDEN, "pt") as f:
+        (folder / "config.json").write_text(f.metadata()[name])
+    state = {k.removeprefix(name + "."): v for k, v in load_file(GOLDEN).items()
+             if k.startswith((name + ".model.", name + ".lm_head."))}
+    if shards == 1:
+        save_file(state, folder / "model.safetensors")
+        return folder
+    home = {k: f"model-{i % shards}.safetensors" for i, k in enumerate(sorted(state))}
+    for shard in set(home.values()):
+        save_file({k: v for k, v in state.items() if home[k] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": home}))
+    return folder
+
+
+def rewrite(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) remove weights of a one-file folder; `__` in a name is a dot."""
+    state = load_file(folder / "model.safetensors")
+    for name, value in changes.items():
+        state[name.replace("__", ".")] = value
+    save_file({k: v for k, v in state.items() if v is not None}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name, shards", [("tied", 1), ("tied", 3), ("untied", 3)])
+def test_equals_hugging_face_qwen2(tmp_path, name, shards):
+    fields, state = load_qwen2(qwen2_folder(tmp_path, name, shards))
+    model = Decoder(DecoderConfig(**fields, codes=4)).eval()
+    left = model.load_state_dict(state, strict=False)
+    assert not left.unexpected_keys and all(k.startswith("speech_") for k in left.missing_keys)
+    gold = load_file(GOLDEN)
+    ids, want = gold[name + ".ids"], gold[name + ".greedy"][0].tolist()
+    with torch.inference_mode():
+        logits = model.logits(model(model.embed(ids)))
+        torch.testing.assert_close(logits, gold[name + ".logits"], atol=1e-4, rtol=0)
+        cache, token, said = KVCache(model.cfg, 1, 5 + len(want)), ids[:1, :5], []
+        for step in range(len(want)):
+            grow = model.decode if step else model.prefill
+            token = model.logits(grow(model.embed(token), cache)).argmax(-1)
+            said.append(int(token))
+    assert said == want
+
+
+def test_cache_equals_no_cache_wherever_the_prefill_is_cut(model):
+    x = torch.randn(2, 9, CFG.dim)
+    want = model(x)
+    for cut in range(1, 9):
+        cache = KVCache(CFG, 2, 9)
+        cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what is not filled must not be read
+        first = model.prefill(x[:, :cut], cache)
+        second = model.prefill(x[:, cut:], cache)
+        torch.testing.assert_close(first, want[:, cut - 1:cut], atol=1e-5, rtol=0)
+        torch.testing.assert_close(second, want[:, -1:], atol=1e-5, rtol=0)
+        cache.length = cut  # forget the second stretch, and hear it one by one
+        steps = [model.decode(x[:, i:i + 1], cache) for i in range(cut, 9)]
+        torch.testing.assert_close(torch.cat(steps, 1), want[:, cut:], atol=1e-5, rtol=0)
+
+
+def test_a_full_cache_says_so(model):
+    cache = KVCache(CFG, 1, 4)
+    model.prefill(torch.randn(1, 4, CFG.dim), cache)
+    with pytest.raises(ValueError, match=r"4 \+ 1 positions .* cache of 4"):
+        model.decode(torch.randn(1, 1, CFG.dim), cache)
+    assert cache.length == 4
+
+
+def test_a_masked_key_is_as_good_as_removed(model):
+    x = torch.randn(2, 10, CFG.dim)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, [0, 4, 5]] = mask[1, [3, 4, 9]] = False  # the same number in each row
+    got = model(x, mask=mask)
+    want = model(x[mask].view(2, 7, -1))
+    torch.testing.assert_close(got[mask].view(2, 7, -1), want, atol=1e-5, rtol=0)
+    assert got.isfinite().all()  # also where a position sees no key at all
+    ranks = (mask.long().cumsum(1) - 1).clamp(min=0)
+    torch.testing.assert_close(got, model(x, ranks, mask))
+    assert (model(x) - got).abs().max() > 1e-2
+    every = torch.ones_like(mask)
+    torch.testing.assert_close(model(x, mask=every), model(x), atol=1e-5, rtol=0)
+
+
+def test_gradients_are_finite_where_nothing_is_seen(model):
+    mask = torch.tensor([[False, False, True, True]])
+    x = torch.randn(1, 4, CFG.dim, requires_grad=True)
+    model(x, mask=mask)[mask].square().sum().backward()
+    assert x.grad.isfinite().all() and not x.grad[~mask].any() and x.grad[mask].any()
+
+
+def test_right_pads_change_nothing(model):
+    x = torch.randn(2, 12, CFG.dim)
+    torch.testing.assert_close(model(x)[:, :7], model(x[:, :7]), atol=1e-5, rtol=0)
+    loud = torch.cat([x[:, :7], torch.full((2, 5, CFG.dim), 1e3)], 1)
+    torch.testing.assert_close(model(loud)[:, :7], model(x[:, :7]), atol=1e-5, rtol=0)
+
+
+def test_only_distances_count(model):
+    x = torch.randn(1, 6, CFG.dim)
+    far = model(x, torch.arange(100, 106))
+    torch.testing.assert_close(far, model(x), atol=1e-4, rtol=0)
+    assert (model(x, 2 * torch.arange(6)[None]) - model(x)).abs().max() > 1e-2
+
+
+def test_virtual_ids(model):
+    ids = torch.tensor([[3, 50, 50 + 22, -1, 49]])
+    rows = model.embed(ids)[0]
+    text, speech = model.embed_tokens.weight, model.speech_embed.weight
+    want = torch.stack([text[3], speech[0], speech[22], torch.zeros(CFG.dim), text[49]])
+    assert torch.equal(rows, want)
+    with pytest.raises(IndexError):
+        model.embed(torch.tensor([[50 + 23]]))
+
+
+def test_heads(model):
+    hidden = torch.randn(2, 3, CFG.dim)
+    text, speech, joint = (model.logits(hidden, head) for head in ("text", "speech", "joint"))
+    assert joint.shape == (2, 3, 50 + 21) and torch.equal(joint, torch.cat([text, speech], -1))
+    assert torch.equal(text, hidden @ model.embed_tokens.weight.T)  # tied
+    assert torch.equal(speech, model.speech_head(hidden))
+
+
+def test_sizes():
+    size = lambda m: sum(p.numel() for p in m.parameters())
+    with torch.device("meta"):
+        big = Decoder(DecoderConfig(151936, 2048, 36, 16, 2, 128, 11008, codes=4096))
+        half = Decoder(DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, codes=4096))
+    speech = size(big.speech_embed), size(big.speech_head)
+    assert speech == (4099 * 2048, 4097 * 2049)  # 8.39 M each
+    assert size(big) - sum(speech) == 3_085_938_688
+    assert size(half) - size(half.speech_embed) - size(half.speech_head) == 494_032_768
+    assert size(Decoder(DecoderConfig())) == 9_923_649
+
+
+def test_state_dict_has_hugging_face_names(model, tmp_path):
+    state = model.state_dict()
+    assert state["layers.1.self_attn.k_proj.weight"].shape == (12, 24)
+    assert "layers.0.mlp.up_proj.weight" in state and "lm_head.weight" not in state
+    assert not any("qkv" in k or "gate_up" in k for k in state)
+    save_file(state, tmp_path / "w.safetensors")  # parts of a fused weight are written apart
+    other = copy.deepcopy(Decoder(CFG))
+    other.load_state_dict(load_file(tmp_path / "w.safetensors"))
+    x = torch.randn(1, 5, CFG.dim)
+    assert torch.equal(other.eval()(x), model(x))
+    del state["layers.0.self_attn.v_proj.bias"]
+    with pytest.raises(RuntimeError, match="qkv.bias"):
+        other.load_state_dict(state)
+
+
+def test_bfloat16_follows_float32(model):
+    x = torch.randn(1, 6, CFG.dim)
+    want, low = model(x), copy.deepcopy(model).bfloat16()
+    cache = KVCache(CFG, 1, 6, torch.bfloat16)
+    low.prefill(x[:, :5].bfloat16(), cache)
+    got = low.decode(x[:, 5:].bfloat16(), cache)
+    assert got.dtype == torch.bfloat16 and F.cosine_similarity(got.float(), want[:, -1:], -1) > .99
+
+
+def test_overfits_one_batch():
+    model = Decoder(CFG)
+    ids = torch.randint(50 + 21, (4, 16))
+    optimiser = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(60):
+        logits = model.logits(model(model.embed(ids[:, :-1])), "joint")
+        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert loss < 0.3
+
+
+def test_a_tied_folder_may_repeat_the_table(tmp_path):
+    folder = qwen2_folder(tmp_path, "tied")
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lm_head__weight=table.clone())
+    assert "lm_head.weight" not in load_qwen2(folder)[1]
+    rewrite(folder, lm_head__weight=table + 1)
+    with pytest.raises(ValueError, match="differs .* embed_tokens.weight"):
+        load_qwen2(folder)
+
+
+@pytest.mark.parametrize("change, names", [
+    ({"model__layers__1__mlp__up_proj__weight": None}, "layers.1.mlp.up_proj.weight: missing"),
+    ({"lm_head__weight": None}, "lm_head.weight: missing"),
+    ({"model__norm__weight": torch.ones(17)}, r"norm.weight: \(17,\), expected \(16,\)"),
+    ({"model__layers__2__mlp__up_proj__weight": torch.ones(3)}, "layers.2.mlp.up_proj.weight"),
+    ({"visual__proj": torch.ones(3)}, "visual.proj: no such weight"),
+])
+def test_weights_that_do_not_fit_are_named(tmp_path, change, names):
+    folder = qwen2_folder(tmp_path, "untied")
+    rewrite(folder, **change)
+    with pytest.raises(ValueError, match=names):
+        load_qwen2(folder)
+
+
+@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"use_sliding_window": True},
+                                    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}])
+def test_other_architectures_are_refused(tmp_path, change):
+    config = qwen2_folder(tmp_path, "tied") / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(ValueError, match="not a plain qwen2"):
+        load_qwen2(tmp_path)
+
+
+def test_config_of_transformers_4(tmp_path):
+    config = qwen2_folder(tmp_path, "tied") / "config.json"
+    old = json.loads(config.read_text()) | {"rope_theta": 5e5, "rope_scaling": None}
+    del old["rope_parameters"]
+    config.write_text(json.dumps(old))
+    assert load_qwen2(tmp_path)[0]["rope_theta"] == 5e5
+
+
+def test_released_names(model):
+    own, state = model.state_dict(), {}
+    for name, value in own.items():
+        whole = not name.startswith("speech_")
+        state[{"speech_embed.weight": "speech_token_emded.weight"}.get(
+            name, "llama_model.model." * whole + name)] = value
+    table = own["embed_tokens.weight"]
+    aliases = {"embed_tokens.weight": table, "lm_head.weight": table,
+               "llama_model.lm_head.weight": table,
+               "llama_model.speech_head.bias": own["speech_head.bias"].clone()}
+    got = load_osum(state | aliases, CFG)
+    assert got.keys() == own.keys() and all(torch.equal(got[k], own[k]) for k in own)
+    assert all(k.startswith(tuple(OSUM)) for k in state | aliases)
+    with pytest.raises(ValueError, match="speech_head.bias: missing"):
+        load_osum({k: v for k, v in state.items() if k != "speech_head.bias"}, CFG)
+    with pytest.raises(ValueError, match="^lm_head.weight: differs"):
+        load_osum(state | {"lm_head.weight": table + 1}, CFG)
