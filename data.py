@@ -26,6 +26,7 @@ import tiktoken
 import torch
 from scipy.signal import resample_poly
 from torch import Tensor
+from tqdm import tqdm
 
 from encoder import log_mel
 
@@ -295,3 +296,151 @@ def features(path: str, n_mels: int, start: float = 0.0, end: float | None = Non
 def pad_stack(rows: list[Tensor], value: float = 0) -> Tensor:
     """Tensors (n_i, ...) -> (B, max n, ...), padded at the end."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands on lists
+
+def spoken(record: dict) -> str | None:
+    """The 24 kHz speech of a record that the model learns to say."""
+    return record["extra"].get("reply_wav") or (
+        record["wav"] if record["task"].startswith("<TEXT2TOKEN>") else None)
+
+
+def write_lines(path: str, rows) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    os.replace(path + ".tmp", path)
+
+
+def raw_records(path: str) -> list[dict]:
+    """The records as written, wav paths untouched."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+@torch.inference_mode()
+def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
+    """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
+    from model import load_s3
+    s3, done = load_s3(folder), {}
+    wanted = sorted({(seconds_of(w), w) for path in lists for r in records(path)
+                     if (w := spoken(r)) and "speech_token" not in r["extra"]})
+    for i in tqdm(range(0, len(wanted), batch), unit=" batches", desc="speech codes"):
+        paths = [w for _, w in wanted[i:i + batch]]
+        mels = [features(w, s3.cfg.n_mels) for w in paths]
+        codes, lengths = s3.encode(pad_stack(mels), torch.tensor([len(m) for m in mels]))
+        done |= {w: c[:n].tolist() for w, c, n in zip(paths, codes, lengths)}
+    for path in lists:
+        rows = raw_records(path)
+        for row, record in zip(rows, records(path)):
+            if spoken(record) in done:
+                row["extra"]["speech_token"] = done[spoken(record)]
+        write_lines(path, rows)
+
+
+@torch.inference_mode()
+def make_voice(wavs: list[str], folder: str, out: str) -> None:
+    """A voice file: a prompt (codes and mel of the first wav) and a speaker vector of all wavs.
+
+    The vector is the mean and the spread of the log-mel over time; CosyVoice has CAM++ here.
+    """
+    from model import load_config, load_s3, save_weights
+    from vocoder import mel_spectrogram
+    cfg, s3 = load_config(folder), load_s3(folder)
+    rate = cfg.vocoder.sample_rate
+    mels = [mel_spectrogram(read_wave(w, rate)[None], cfg.vocoder)[0] for w in wavs]  # (T, 80)
+    prompt = features(wavs[0], s3.cfg.n_mels)[None]
+    codes, _ = s3.encode(prompt, torch.tensor([prompt.shape[1]]))
+    frames = min(codes.shape[1], len(mels[0]) // 4)
+    all_frames = torch.cat(mels)
+    spk = torch.cat([all_frames.mean(0) + 5, all_frames.std(0)])  # (160,), roughly centred
+    spk = torch.nn.functional.pad(spk, (0, cfg.flow.spk_dim - len(spk)))[None]
+    save_weights(out, {"spk": spk, "prompt_codes": codes[:, :frames],
+                       "prompt_mel": mels[0][None, :4 * frames]})
+
+
+def protocol_texts(times: int = 300) -> list[str]:
+    """Prompts, think template and tags, often enough that the BPE makes short work of them."""
+    from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
+    every = sorted(set(TAGS.values()))
+    tags = ("CHILD ADULT OLD MALE FEMALE LAUGH COUGH CRY SCREAMING SIGH THROAT_CLEARING SNEEZE "
+            "OTHER HAPPY SAD SURPRISE FEAR DISGUST ANGER NEUTRAL SORRY").split()
+    think = label_think("en", "Hello.", dict.fromkeys(
+        ("age", "gender", "emotion", "event", "reply_emotion"), "<SAD>"))
+    texts = [*SYSTEM.values(), *map(user_prompt, [[t] for t in every]), user_prompt(every),
+             think, UNKNOWN[1:-1], "system\n", "user\n", "assistant\n", *(f"a.<{t}>" for t in tags),
+             *(f" <{t}>," for t in tags), *(f"<think end><{t}>A" for t in tags)]
+    return texts * times
+
+
+def check(path: str) -> dict:
+    """Lint a list: counts records, hours, tasks and labels, and problems with their reasons."""
+    found = {"records": 0, "hours": 0.0, "tasks": Counter(), "labels": Counter(),
+             "problems": Counter()}
+    for r in records(path):
+        found["records"] += 1
+        found["tasks"][r["task"]] += 1
+        for name in ("age", "gender", "q_emotion", "caption", "emotion"):
+            if name in r["extra"]:
+                found["labels"][f"{name} {r['extra'][name]}"] += 1
+        if not r["txt"].strip():
+            found["problems"]["no text"] += 1
+        if r.get("wav"):
+            try:
+                found["hours"] += seconds_of(r["wav"]) / 3600
+            except BadInput:
+                found["problems"]["unreadable wav"] += 1
+        elif r["task"] != "<TEXT2TEXT>":
+            found["problems"]["no wav"] += 1
+    return found | {"hours": round(found["hours"], 2)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("build", help="make the EChat-mini corpus")
+    c.add_argument("--out", required=True)
+    c.add_argument("--scenes", nargs="+",
+                   default=[os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
+    c.add_argument("--n", type=int, default=10000)
+    c.add_argument("--seed", type=int, default=0)
+    c.add_argument("--jobs", type=int, default=os.cpu_count())
+    c = commands.add_parser("tokenizer", help="train the byte-level BPE")
+    c.add_argument("--text", required=True, help="file with one text a line")
+    c.add_argument("--vocab", type=int, default=2048)
+    c.add_argument("--out", required=True)
+    c = commands.add_parser("tokens", help="add extra.speech_token to lists")
+    c.add_argument("lists", nargs="+")
+    c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
+    c = commands.add_parser("voice", help="make a voice file")
+    c.add_argument("wavs", nargs="+")
+    c.add_argument("--model", required=True)
+    c.add_argument("--out", required=True)
+    c = commands.add_parser("check", help="lint lists")
+    c.add_argument("lists", nargs="+")
+    args = p.parse_args()
+    try:
+        run(args)
+    except BadInput as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.command == "build":
+        build(args.out, args.scenes, args.n, args.seed, args.jobs)
+    elif args.command == "tokenizer":
+        with open(args.text, encoding="utf-8") as f:
+            train_tokenizer(f.read().splitlines() + protocol_texts(), args.vocab, args.out)
+    elif args.command == "tokens":
+        tokens(args.lists, args.model)
+    elif args.command == "voice":
+        make_voice(args.wavs, args.model, args.out)
+    elif args.command == "check":
+        for path in args.lists:
+            print(path, json.dumps(check(path), indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -269,16 +269,7 @@ class S3:
         if not load_if_there(self.module, args.init, "tokenizer_s3.safetensors") and args.whisper:
             self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": list(self.module.parameters())}
-
-    def prepare(self, batches) -> None:
-        """k-means on the first batches: the codebook starts where the features are."""
-        self.module.eval()
-        rows = []
-        with torch.no_grad():
-            for batch in batches:
-                x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
-                rows += [r[:n] for r, n in zip(x, lengths)]
-        self.module.init_codebook(torch.cat(rows))
+        self.steps, self.recent = 0, []
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
         text = TAG.sub("", record["txt"]).lower()
@@ -297,9 +288,21 @@ class S3:
         return len(batch["mel"])
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        """CTC alone until the recogniser works, then k-means on its features, then through codes."""
+        if self.module.training and not self.module.codebook.fitted:
+            self.steps += 1
+            if self.steps > self.args.quantise_after - 16:
+                self.gather(batch)
+            if self.steps > self.args.quantise_after:
+                self.module.init_codebook(torch.cat(self.recent))
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
         return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
+
+    @torch.no_grad()
+    def gather(self, batch: dict) -> None:
+        x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
+        self.recent += [row[:n] for row, n in zip(x, lengths)]
 
     def save(self, folder: str) -> None:
         echat.save_weights(os.path.join(folder, "tokenizer_s3.safetensors"), self.module)
@@ -488,8 +491,6 @@ class Trainer:
         if args.resume:
             self.restore()
         batches = self.loader(args.data, args.seed, self.data_state)
-        if hasattr(trainee, "prepare") and not self.step and not args.init:
-            trainee.prepare([next(batches)[0] for _ in range(args.prepare_batches)])
         trainee.module.train()
         begun = window = time.time()
         waited, seen, sums = 0.0, 0, {}
@@ -662,7 +663,7 @@ def main() -> None:
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
-    p.add_argument("--prepare-batches", type=int, default=8, help="tokenizer: for the k-means")
+    p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--train-decoder", action="store_true",
                    help="stage 1 trains the decoder too (a decoder that is not a real LLM)")
     p.add_argument("--valid", action="append", default=[])
