@@ -326,7 +326,8 @@ class Estimator(nn.Module):
             for i, (a, b) in enumerate(zip((4 * cfg.mel,) + ch, ch)))
         self.mid = nn.ModuleList(Stage(cfg, ch[-1], ch[-1]) for _ in range(cfg.mid))
         self.up = nn.ModuleList(
-            Stage(cfg, 2 * a, b, Conv(b, b, 3, cfg.causal) if i == last else Upsample(b, b, 4, 2, 1))
+            Stage(cfg, 2 * a, b,
+                  Conv(b, b, 3, cfg.causal) if i == last else Upsample(b, b, 4, 2, 1))
             for i, (a, b) in enumerate(zip(ch[::-1], ch[-2::-1] + ch[:1])))
         self.final_block, self.final = Block(ch[0], ch[0], cfg.causal), Conv(ch[0], cfg.mel, 1)
         for m in self.modules():
@@ -432,7 +433,7 @@ class Flow(nn.Module):
         bad = codes[(codes < 0) | (codes >= self.cfg.codes)]
         if len(bad):
             raise ValueError(f"speech code {int(bad[0])} is not in 0..{self.cfg.codes - 1}")
-        return codes
+        return codes.long()
 
     def mean(self, codes: Tensor, lengths: Tensor, frames: Tensor) -> Tensor:
         """mu (B, frames.max(), M) of a batch of codes (B, L)."""
@@ -516,13 +517,13 @@ class Flow(nn.Module):
     def offline(self, state: FlowState) -> Tensor:
         """CosyVoice 1 on all codes at once -> normalised mel (1, T, M). Prompt and reply are
         stretched apart, and so are the first and last 20 codes of a long reply, as released."""
-        h = self.mu_proj(self.encoder(self.embed(state.codes)))  # (1, P + L, M)
-        known, h, prompt = state.prompt.shape[1], h[:, state.done:], h[:, :state.done]
-        frames, edge = self.cfg.frames(h.shape[1]), self.cfg.frames(20)
-        if not frames:
+        n, known = state.codes.shape[1] - state.done, state.prompt.shape[1]
+        if n == 0:
             return state.prompt[:, :0]
-        parts = [stretch(prompt, known)] if known else []
-        if h.shape[1] > 40:
+        h = self.mu_proj(self.encoder(self.embed(state.codes)))  # (1, P + L, M)
+        parts = [stretch(h[:, :-n], known)] if known else []
+        h, frames, edge = h[:, -n:], self.cfg.frames(n), self.cfg.frames(20)
+        if n > 40:
             parts += [stretch(h[:, :20], edge), stretch(h[:, 20:-20], frames - 2 * edge)]
             h, frames = h[:, -20:], edge
         mu = self.regulator(torch.cat(parts + [stretch(h, frames)], 1))
@@ -568,23 +569,23 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
     ("ff.net.0.proj.", "ff.0."), ("ff.net.2.", "ff.2."))
 
 
-def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released flow.pt (25 Hz) as state dict of Flow(FlowConfig.cosyvoice1()).
+def released_to_ours(key: str) -> str:
+    for old, new in COSYVOICE1:
+        key = key.replace(old, new)
+    return key
 
-    ValueError naming the key that is unknown, missing or of another shape."""
+
+def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A released flow.pt (25 Hz) as state dict of Flow(FlowConfig.cosyvoice1()). ValueError
+    naming a key that is unknown, missing or of another shape."""
     with torch.device("meta"):
-        want = Flow(FlowConfig.cosyvoice1()).state_dict()
-    out = {}
+        own = Flow(FlowConfig.cosyvoice1()).state_dict()
+    found = {}
     for key, value in state.items():
-        name = key
-        for old, new in COSYVOICE1:
-            name = name.replace(old, new)
-        if name not in want or name in out:
-            raise ValueError(f"CosyVoice flow: unknown key {key}")
-        if value.shape != want[name].shape:
-            raise ValueError(f"CosyVoice flow: {key} has shape {tuple(value.shape)}, "
-                             f"expected {tuple(want[name].shape)}")
-        out[name] = value
-    for name in want.keys() - out.keys():
-        raise ValueError(f"CosyVoice flow: nothing for {name}")
-    return out
+        name = released_to_ours(key)
+        if name not in own or name in found or value.shape != own[name].shape:
+            raise ValueError(f"{key}: no weight of shape {tuple(value.shape)} belongs here")
+        found[name] = value
+    if missing := sorted(own.keys() - found.keys()):
+        raise ValueError(f"{missing[0]}: missing from these weights")
+    return found

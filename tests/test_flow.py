@@ -1,0 +1,322 @@
+"""The flow: streaming against one-shot, batch against single, training, odd input, CosyVoice 1."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import flow
+from flow import Flow, FlowConfig, load_cosyvoice1, noise
+
+CAUSAL = FlowConfig(codes=12, mel=4, spk_dim=6, dim=8, enc_heads=2, enc_ffn=16, look_ahead=1,
+                    channels=(16,), mid=1, heads=2, head_dim=8, time_dim=16, chunk=8, left_chunks=2)
+FULL = FlowConfig(codes=50, spk_dim=12, dim=32, enc_heads=2, enc_ffn=48, look_ahead=0,
+                  channels=(16, 16), mid=2, heads=2, head_dim=8, time_dim=64, causal=False, chunk=0,
+                  left_chunks=0, frames_per_code=22050 / 256 / 25, mel_mean=0.0, mel_std=1.0)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def build(cfg: FlowConfig) -> Flow:
+    """A flow whose last layer, born zero, says something."""
+    model = Flow(cfg).eval()
+    torch.nn.init.normal_(model.estimator.final.weight, std=0.2)
+    return model
+
+
+def inputs(cfg: FlowConfig, codes: int, prompt: int = 0):
+    """codes, spk, prompt_codes, prompt_mel"""
+    c = torch.randint(0, cfg.codes, (1, codes + prompt))
+    mel = torch.randn(1, cfg.frames(prompt), cfg.mel) + cfg.mel_mean
+    return c[:, prompt:], torch.randn(1, cfg.spk_dim), c[:, :prompt], mel
+
+
+def streamed(model: Flow, codes, state, sizes):
+    pieces, start = [], 0
+    for i, n in enumerate(sizes):
+        mel, state = model.stream(codes[:, start:start + n], state, i == len(sizes) - 1)
+        pieces.append(mel)
+        start += n
+    assert start == codes.shape[1]
+    return torch.cat(pieces, 1), [p.shape[1] for p in pieces]
+
+
+# ---- streaming -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 4, 7])
+@pytest.mark.parametrize("cfg", [CAUSAL, replace(CAUSAL, look_ahead=0), replace(CAUSAL, chunk=16)])
+def test_streaming_is_one_shot(cfg, prompt):
+    model = build(cfg)
+    codes, spk, *voice = inputs(cfg, 21, prompt)
+    whole = model.generate(codes, spk, *voice, steps=2)
+    assert whole.shape == (1, 84, cfg.mel)
+    for sizes in ([21], [1] * 21, [2, 0, 9, 3, 7], [18, 3], [21, 0]):
+        state = model.start(spk, *voice, steps=2)
+        mel, _ = streamed(model, codes, state, sizes)
+        torch.testing.assert_close(mel, whole, atol=1e-4, rtol=0)
+
+
+def test_one_shot_is_what_training_sees():
+    """The masks of training and the tapes of streaming are two ways to say the same."""
+    model = build(CAUSAL)
+    codes, spk, *_ = inputs(CAUSAL, 37)
+    with torch.no_grad():
+        mu = model.mean(codes, torch.tensor([37]), torch.tensor([148]))
+        state = model.start(spk, steps=3)
+        whole = model.denormalise(model.solve(mu, state, 0, 0, [None] * 3))
+    torch.testing.assert_close(model.generate(codes, spk, steps=3), whole, atol=1e-4, rtol=0)
+
+
+def test_mel_leaves_as_soon_as_it_is_certain():
+    model = build(CAUSAL)  # 2 codes a chunk, 1 ahead
+    codes, spk, *_ = inputs(CAUSAL, 6)
+    assert streamed(model, codes, model.start(spk, steps=1), [1] * 6)[1] == [0, 0, 8, 0, 8, 8]
+    mini = FlowConfig()
+    assert mini.chunk_codes + mini.look_ahead <= 18
+
+
+def test_a_later_code_does_not_change_earlier_mel():
+    model = build(CAUSAL)
+    codes, spk, *_ = inputs(CAUSAL, 12)
+    other = codes.clone()
+    other[0, 7:] = (codes[0, 7:] + 1) % 12
+    a, b = (model.generate(c, spk, steps=2) for c in (codes, other))
+    assert torch.equal(a[:, :24], b[:, :24]) and not torch.allclose(a[:, 24:32], b[:, 24:32])
+
+
+def test_memory_does_not_grow_and_states_are_not_used_up():
+    model = build(CAUSAL)
+    codes, spk, *voice = inputs(CAUSAL, 80, 4)
+    begin = state = model.start(spk, *voice, steps=2)
+    sizes = []
+    for i in range(0, 80, 2):
+        _, state = model.stream(codes[:, i:i + 2], state, False)
+        sizes.append(sum(t.untyped_storage().nbytes() for tape in [state.encoder, *state.solver]
+                         for t in tape) + state.codes.numel())
+    assert len(set(sizes[5:])) == 1
+    a, b = (model.stream(codes[:, :9], begin, True)[0] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+def test_full_context_flow_waits_for_the_end():
+    model = build(FULL)
+    codes, spk, *voice = inputs(FULL, 9, 5)
+    mel, lengths = streamed(model, codes, model.start(spk, *voice, steps=2), [3, 6, 0])
+    assert lengths == [0, 0, 31]
+    assert torch.equal(mel, model.generate(codes, spk, *voice, steps=2))
+
+
+# ---- batches, training ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
+def test_padded_batch_is_single(cfg):
+    model, lengths = build(cfg), [20, 3, 9]
+    codes = torch.randint(0, cfg.codes, (3, 20))
+    frames = [cfg.frames(n) for n in lengths]
+    x, cond = torch.randn(2, 3, frames[0], cfg.mel)
+    spk, t = torch.randn(3, cfg.mel), torch.rand(3)
+    with torch.no_grad():
+        total = torch.tensor(frames)
+        mu = model.mean(codes, torch.tensor(lengths), total)
+        v = model.estimator(x, mu, spk, cond, t, flow.real(total, frames[0]))
+        for i, (n, f) in enumerate(zip(lengths, frames)):
+            one = slice(i, i + 1)
+            alone = model.mean(codes[one, :n], torch.tensor([n]), torch.tensor([f]))
+            torch.testing.assert_close(mu[one, :f], alone, atol=1e-5, rtol=0)
+            alone = model.estimator(x[one, :f], alone, spk[one], cond[one, :f], t[one])
+            torch.testing.assert_close(v[one, :f], alone, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
+def test_padding_leaves_loss_and_gradients_alone(cfg):
+    model, lengths = build(cfg), torch.tensor([30, 1])  # chunks of pads only
+    codes = torch.randint(0, cfg.codes, (2, 30))
+    mel = torch.randn(2, cfg.frames(30), cfg.mel)
+    losses = []
+    for fill in (0, 100):
+        codes[1, 1:], mel[1, cfg.frames(1):] = fill, fill  # 100 is no code: pads are not looked up
+        torch.manual_seed(1)
+        guess, loss = model(codes, lengths, mel, torch.randn(2, cfg.spk_dim))
+        losses.append(loss)
+    loss.backward()
+    assert losses[0] == losses[1] and guess.shape == mel.shape
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_conditions_are_dropped_and_prompts_shown(monkeypatch):
+    model, seen = build(CAUSAL), {}
+    monkeypatch.setattr(model.estimator, "forward", lambda x, mu, spk, cond, t, valid: (
+        seen.update(mu=mu, spk=spk, cond=cond, t=t) or x))
+    b, mel = 1000, torch.randn(1000, 40, 4)
+    model(torch.randint(0, 12, (b, 10)), torch.full((b,), 10), mel, torch.randn(b, 6))
+    dropped = (seen["mu"] == 0).all(-1).all(-1)
+    assert 0.15 < dropped.float().mean() < 0.25
+    assert torch.equal(dropped, (seen["spk"] == 0).all(-1)) and not seen["cond"][dropped].any()
+    shown = (seen["cond"] != 0).all(-1)[~dropped]  # (B, T)
+    known = shown.sum(1)
+    assert torch.equal(shown, torch.arange(40) < known[:, None]), "a prompt is the beginning"
+    assert torch.equal(seen["cond"][~dropped][shown], model.normalise(mel)[~dropped][shown])
+    assert 10 <= known.max() <= 12 and 0.45 < (known == 0).float().mean() < 0.65
+    assert 0.45 < seen["t"].mean() < 0.55
+
+
+def test_one_batch_is_learned():
+    model = Flow(replace(CAUSAL, channels=(96,), dim=32, head_dim=32, time_dim=64))
+    codes, spk = torch.tensor([[3, 1, 4, 7, 5, 9]]), torch.randn(1, 6)
+    mel = torch.randn(1, 6, 4).repeat_interleave(4, 1) * 2 - 5  # each code has its own sound
+    batch = codes.repeat(16, 1), torch.full((16,), 6), mel.repeat(16, 1, 1), spk.repeat(16, 1)
+    optimiser = torch.optim.Adam(model.parameters(), 2e-3)
+    losses = []
+    for _ in range(80):
+        _, loss = model(*batch)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    error = (model.generate(codes, spk, cfg=0.0) - mel).square().mean()
+    assert error < 0.4 * mel.var()
+
+
+# ---- generation ----------------------------------------------------------------------------------
+
+
+def test_noise_is_a_function_of_seed_and_frame():
+    whole = noise(3, 0, 200, 4)
+    assert whole.shape == (1, 200, 4) and abs(whole.std() - 1) < 0.1
+    for a, b in ((0, 1), (63, 65), (64, 128), (100, 200)):
+        assert torch.equal(noise(3, a, b, 4), whole[:, a:b])
+    assert not torch.equal(noise(4, 0, 200, 4), whole)
+
+
+@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
+def test_seed_decides(cfg):
+    model = build(cfg)
+    codes, spk, *voice = inputs(cfg, 5, 3)
+    a, b, c = (model.generate(codes, spk, *voice, steps=2, seed=s) for s in (7, 7, 2**62))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    torch.rand(3)  # the global generator has no part in it
+    assert torch.equal(a, model.generate(codes, spk, *voice, steps=2, seed=7))
+
+
+def test_guidance_extrapolates(monkeypatch):
+    """One Euler step: x1 = noise + (1 + w) v_cond - w v_free is linear in w."""
+    model = build(CAUSAL)
+    codes, spk, *_ = inputs(CAUSAL, 4)
+    a, b, c = (model.generate(codes, spk, steps=1, cfg=w) for w in (0.0, 0.5, 1.0))
+    assert not torch.allclose(a, c)
+    torch.testing.assert_close(b - a, c - b, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
+def test_odd_inputs(cfg):
+    model = build(cfg)
+    for prompt in (0, 3):
+        for n in (0, 1, 2):
+            codes, spk, *voice = inputs(cfg, n, prompt)
+            mel = model.generate(codes, spk, *voice, steps=1)
+            assert mel.shape == (1, cfg.frames(n), cfg.mel) and mel.isfinite().all()
+    for bad in (-1, cfg.codes):
+        with pytest.raises(ValueError, match=str(bad)):
+            model.generate(torch.tensor([[0, bad]]), spk)
+        with pytest.raises(ValueError, match=str(bad)):
+            model(torch.tensor([[bad]]), torch.tensor([1]), torch.randn(1, 4, cfg.mel), spk)
+    with pytest.raises(ValueError, match="prompt"):
+        model.start(spk, torch.zeros(1, 9, dtype=torch.long), torch.randn(1, 20, cfg.mel))
+    with pytest.raises(ValueError, match="prompt"):
+        model.start(spk, prompt_mel=torch.randn(1, 20, cfg.mel))
+    with pytest.raises(ValueError, match="frames"):
+        model(torch.tensor([[0, 1]]), torch.tensor([2]), torch.randn(1, 5, cfg.mel), spk)
+
+
+# ---- CosyVoice 1 ---------------------------------------------------------------------------------
+
+
+def released() -> dict[str, torch.Tensor]:
+    """Names and shapes of a released flow.pt, without its numbers."""
+    shapes = {}
+
+    def add(name, *shape, bias=True):
+        shapes[name + ".weight"] = shape
+        if bias:
+            shapes[name + ".bias"] = shape[:1]
+
+    def stage(name, d_in):
+        add(name + ".0.mlp.1", 256, 1024)
+        for block, d in (("block1", d_in), ("block2", 256)):
+            add(f"{name}.0.{block}.block.0", 256, d, 3)
+            add(f"{name}.0.{block}.block.1", 256)
+        add(name + ".0.res_conv", 256, d_in, 1)
+        for layer in (f"{name}.1.{i}." for i in range(4)):
+            add(layer + "norm1", 256), add(layer + "norm3", 256)
+            for part in "qkv":
+                add(layer + "attn1.to_" + part, 512, 256, bias=False)
+            add(layer + "attn1.to_out.0", 256, 512)
+            add(layer + "ff.net.0.proj", 1024, 256), add(layer + "ff.net.2", 256, 1024)
+
+    add("input_embedding", 4096, 512, bias=False)
+    add("spk_embed_affine_layer", 80, 192), add("encoder_proj", 80, 512)
+    add("encoder.embed.out.0", 512, 512), add("encoder.embed.out.1", 512)
+    add("encoder.after_norm", 512)
+    for layer in (f"encoder.encoders.{i}." for i in range(6)):
+        for part in ("q", "k", "v", "out"):
+            add(f"{layer}self_attn.linear_{part}", 512, 512)
+        add(layer + "self_attn.linear_pos", 512, 512, bias=False)
+        shapes |= {layer + "self_attn.pos_bias_" + part: (8, 64) for part in "uv"}
+        add(layer + "feed_forward.w_1", 2048, 512), add(layer + "feed_forward.w_2", 512, 2048)
+        add(layer + "norm_mha", 512), add(layer + "norm_ff", 512)
+    for i in range(4):
+        add(f"length_regulator.model.{3 * i}", 80, 80, 3)
+        add(f"length_regulator.model.{3 * i + 1}", 80)
+    add("length_regulator.model.12", 80, 80, 1)
+    unet = "decoder.estimator."
+    add(unet + "time_mlp.linear_1", 1024, 320), add(unet + "time_mlp.linear_2", 1024, 1024)
+    for name, d_in in [("down_blocks.0", 320), ("down_blocks.1", 256), ("up_blocks.0", 512),
+                       ("up_blocks.1", 512)] + [(f"mid_blocks.{i}", 256) for i in range(12)]:
+        stage(unet + name, d_in)
+    add(unet + "down_blocks.0.2.conv", 256, 256, 3), add(unet + "down_blocks.1.2", 256, 256, 3)
+    add(unet + "up_blocks.0.2.conv", 256, 256, 4), add(unet + "up_blocks.1.2", 256, 256, 3)
+    add(unet + "final_block.block.0", 256, 256, 3), add(unet + "final_block.block.1", 256)
+    add(unet + "final_proj", 80, 256, 1)
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def test_released_names():
+    weights = released()
+    assert len(weights) == 1185 and sum(w.numel() for w in weights.values()) == 104_874_752
+    with torch.device("meta"):
+        model = Flow(FlowConfig.cosyvoice1())
+    model.load_state_dict(load_cosyvoice1(weights), assign=True)
+    key = "decoder.estimator.mid_blocks.11.0.mlp.1.weight"
+    with pytest.raises(ValueError, match=key):
+        load_cosyvoice1(weights | {key: weights[key][:, :1]})
+    del weights[key]
+    with pytest.raises(ValueError, match="estimator.mid.11.time.weight"):
+        load_cosyvoice1(weights)
+
+
+def test_against_the_released_code():
+    """The mel the released implementation (CosyVoice, MaskedDiffWithXvec) makes at this size from
+    these weights, this noise, a prompt, and a reply long enough to be stretched in three parts."""
+    model = Flow(FULL).eval()
+    weights = {}
+    for i, (name, w) in enumerate(sorted(model.state_dict().items())):
+        wave = torch.cos(torch.arange(w.numel()).double() * (1.7 + i) + i).view(w.shape).float()
+        scale = 0.3 if w.dim() < 2 else 1 / math.sqrt(w[0].numel())
+        norm = w.dim() == 1 and name.endswith("weight")
+        weights[name] = wave * scale + norm
+    model.load_state_dict(weights)
+    mel = model.generate((torch.arange(45) * 7 % 50)[None], torch.cos(torch.arange(12.0))[None],
+                         (torch.arange(7) * 11 % 50)[None],
+                         torch.sin(torch.arange(2000.0)).view(1, 25, 80))
+    golden = [0.1138, 1.181, 1.2782, -2.1031, 0.9075, -0.7217, -0.1163, -0.015, 2.2291, -0.4144,
+              0.5099, -0.3844]
+    assert mel.shape == (1, 155, 80)
+    torch.testing.assert_close(mel.flatten()[::1039], torch.tensor(golden), atol=2e-4, rtol=0)
