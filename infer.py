@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import model as echat
-from data import BadInput, Tokenizer, features, read_wave, write_wave
+from data import BadInput, Tokenizer, read_wave, write_wave
 from encoder import log_mel
 from model import BadCheckpoint, Sampling
 

@@ -183,7 +183,8 @@ class Config:
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config()
+    return Config(adapter=AdapterConfig(384, 320, 4, 4, ffn=512),
+                  s3=TokenizerConfig(positions=False))
 
 
 def small() -> Config:

@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -266,7 +266,7 @@ class S3:
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = replace(cfg.s3, vocab=256), args
         self.module = SpeechTokenizer(self.cfg)
-        if not load_if_there(self.module, args.init, "tokenizer_s3.safetensors") and args.whisper:
+        if args.whisper:
             self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": list(self.module.parameters())}
         self.steps, self.recent = 0, []
@@ -291,7 +291,7 @@ class S3:
         """CTC alone until the recogniser works, then k-means on its features, then through codes."""
         if self.module.training and not self.module.codebook.fitted:
             self.steps += 1
-            if self.steps > self.args.quantise_after - 16:
+            if self.steps > self.args.quantise_after - 40:
                 self.gather(batch)
             if self.steps > self.args.quantise_after:
                 self.module.init_codebook(torch.cat(self.recent))
@@ -305,7 +305,10 @@ class S3:
         self.recent += [row[:n] for row, n in zip(x, lengths)]
 
     def save(self, folder: str) -> None:
-        echat.save_weights(os.path.join(folder, "tokenizer_s3.safetensors"), self.module)
+        """What encode() needs; the tail and the CTC head were only the teacher."""
+        kept = {k: v for k, v in self.module.state_dict().items()
+                if not k.startswith(("tail.", "ln_post.", "head."))}
+        echat.save_weights(os.path.join(folder, "tokenizer_s3.safetensors"), kept)
 
 
 class Voice:
