@@ -15,7 +15,10 @@ Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D w
 import json
 import os
 import re
+import shutil
+import sys
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +139,8 @@ def read_think(think: str) -> dict:
         pattern = re.escape(template).replace(r"\{text\}", "(?P<transcript>.*?)")
         pattern = re.sub(r"\\\{(\w+)\\\}", r"<?(?P<\1>[^<>,]*)>?", pattern)
         if found := re.search(pattern, think, re.S):
-            out.update({k: v.strip() for k, v in found.groupdict().items() if v != "&&"})
+            known = {k: v.strip() for k, v in found.groupdict().items()}
+            out.update({k: v for k, v in known.items() if v not in ("", "&&")})
     return out
 
 
@@ -263,11 +267,14 @@ class EChat(nn.Module):
         return -(-frames // 8)
 
     def embed(self, ids: Tensor, speech: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """ids (B, L), adapter output (B, S, D) with lengths (B,) -> embeddings (B, L, D)."""
+        """ids (B, L), adapter output (N, S, D) with lengths (N,) -> embeddings (B, L, D).
+
+        The N pieces of audio fill the AUDIO slots in reading order: none, one or (with a history)
+        several in a row of ids."""
         x = self.decoder.embed(ids)
         if speech is None:
             return x
-        real = torch.arange(speech.shape[1], device=ids.device) < lengths[:, None]  # (B, S)
+        real = torch.arange(speech.shape[1], device=ids.device) < lengths[:, None]  # (N, S)
         return x.masked_scatter((ids == AUDIO)[..., None], speech[real].to(x.dtype))
 
     def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
@@ -289,11 +296,13 @@ class EChat(nn.Module):
         return logits, F.cross_entropy(logits.float(), wanted[wanted != -100], reduction="none")
 
     @torch.inference_mode()
-    def generate(self, ids: list[int], tok, mel: Tensor | None = None, layout: str = "text",
-                 think: bool = False, text: Sampling | None = None,
-                 speech: Sampling | None = None, seed: int = 0, max_tokens: int = 1200):
+    def generate(self, ids: list[int], tok, mels: list[Tensor] = (), layout: str = "text",
+                 think: bool = False, how: dict[str, Sampling] | None = None, seed: int = 0,
+                 max_tokens: int = 1200):
         """Yields ("text", id) and ("speech", code) as they come, after the prompt `ids`.
 
+        mels: a log-mel (T, n_mels) for each run of AUDIO slots, oldest first; how: the sampling
+        of "text" and "speech" where it is not the checkpoint's.
         layout: "text" until `<|im_end|>`; "speech" until speech closes (tts); "both", all text
         then all speech; "interleave", 6 text : 18 speech after the think (if `think`), which
         comes whole. Only the head of the current phase is asked, as released (training has one
@@ -301,12 +310,13 @@ class EChat(nn.Module):
         """
         cfg, device = self.cfg.decoder, next(self.parameters()).device
         dtype = self.decoder.embed_tokens.weight.dtype
-        how = {"text": text or self.cfg.text, "speech": speech or self.cfg.speech}
+        how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})
         rng, past = torch.Generator().manual_seed(seed), {"text": [], "speech": []}
         heard = lengths = None
-        if mel is not None:
-            lengths = torch.tensor([len(mel)], device=device)
-            heard, lengths = self.hear(mel[None].to(device, dtype), lengths)
+        if mels:
+            lengths = torch.tensor([len(m) for m in mels], device=device)
+            mel = nn.utils.rnn.pad_sequence(list(mels), batch_first=True)  # (turns, T, n_mels)
+            heard, lengths = self.hear(mel.to(device, dtype), lengths)
         x = self.embed(torch.tensor([ids], device=device), heard, lengths)
         cache = KVCache(cfg, 1, len(ids) + max_tokens, dtype, device)
         hidden = self.decoder.prefill(x, cache)
@@ -341,9 +351,11 @@ class EChat(nn.Module):
             hidden = self.decoder.decode(x, cache)
 
     def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "",
-               think: bool = True, interleave: bool = False, history=(), seed: int = 0,
-               max_tokens: int = 1200, **sampling: Sampling):
-        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt)."""
+               think: bool = True, interleave: bool = False, history=(),
+               how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
+        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
+
+        history: earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
         name = task
         if task in ("s2s", "tts") and interleave:
             name += "_stream"
@@ -352,11 +364,12 @@ class EChat(nn.Module):
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
         frames = 0 if mel is None else self.audio_slots(len(mel))
-        ids = prompt(name, tok, self.cfg.decoder, frames, text, history)
-        if task == "understand":
-            sampling.setdefault("text", self.cfg.understand)
-        return self.generate(ids, tok, mel, layout, think and layout == "interleave",
-                             seed=seed, max_tokens=max_tokens, **sampling)
+        turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
+        ids = prompt(name, tok, self.cfg.decoder, frames, text, turns)
+        mels = [m for m, _, _ in history] + ([] if mel is None else [mel])
+        how = ({"text": self.cfg.understand} if task == "understand" else {}) | (how or {})
+        return self.generate(ids, tok, mels, layout, think and layout == "interleave", how, seed,
+                             max_tokens)
 
 
 class Token2Wav(nn.Module):
@@ -364,7 +377,8 @@ class Token2Wav(nn.Module):
 
     def __init__(self, cfg: Config, voice: dict[str, Tensor]):
         super().__init__()
-        self.cfg, self.voice = cfg, voice
+        self.cfg = cfg
+        self.voice = {k: v.float() if v.is_floating_point() else v for k, v in voice.items()}
         self.flow, self.vocoder = Flow(cfg.flow), Generator(cfg.vocoder)
 
     def start(self, seed: int = 0, steps: int = 10):
@@ -414,22 +428,25 @@ def load_config(folder: str) -> Config:
     try:
         with open(path, encoding="utf-8") as f:
             return config_from_dict(json.load(f))
-    except (OSError, json.JSONDecodeError, TypeError) as e:
+    except (OSError, ValueError, TypeError, AttributeError) as e:
         raise BadCheckpoint(f"{folder}: no readable config.json ({e})") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """A safetensors file as a dict, or BadCheckpoint in one line."""
+    """A safetensors or .pt file (never unpickling code) as a dict, or BadCheckpoint in one line."""
     try:
+        if path.endswith((".pt", ".pth")):
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return weights.get("model_state_dict", weights)  # openai-whisper wraps its weights
         return load_file(path)
-    except (OSError, SafetensorError) as e:
-        raise BadCheckpoint(f"{path}: not a readable safetensors file ({e})") from None
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError) as e:
+        raise BadCheckpoint(f"{path}: not a readable weights file ({e})") from None
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Load `weights` into `module`: every key used, every shape equal, or an error naming it."""
     own = module.state_dict()
-    for name in own.keys() ^ weights.keys():
+    for name in sorted(own.keys() ^ weights.keys()):
         raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key {name}")
     for name, w in weights.items():
         if w.shape != own[name].shape:
@@ -462,10 +479,23 @@ def load_echat(folder: str, device="cpu", dtype=torch.float32) -> EChat:
     return model.to(device, dtype).eval()
 
 
+def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
+    """A voice file: spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, 4P, M)."""
+    voice = {k: v.float() if v.is_floating_point() else v for k, v in read_weights(path).items()}
+    spk, codes, mel = (voice.get(k, torch.zeros(0)) for k in ("spk", "prompt_codes", "prompt_mel"))
+    fits = codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
+    fits = fits and bool(((codes >= 0) & (codes < cfg.codes)).all()) and mel.dim() == 3
+    fits = fits and mel.shape[::2] == (1, cfg.mel) and spk.shape == (1, cfg.spk_dim)
+    spare = 0 if cfg.causal else 6  # a prompt that is stretched may lack a few frames
+    if not fits or mel.shape[1] < cfg.frames(codes.shape[1]) - spare:
+        raise BadCheckpoint(f"{path}: not a voice for this model (spk, prompt_codes, prompt_mel)")
+    return voice
+
+
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
     """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
-    model = Token2Wav(load_config(folder), read_weights(
-        voice or os.path.join(folder, "voice.safetensors")))
+    cfg = load_config(folder)
+    model = Token2Wav(cfg, load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow))
     path = os.path.join(folder, "token2wav.safetensors")
     fit(model, read_weights(path), path)
     return model.to(device).eval()
@@ -477,3 +507,16 @@ def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
     path = os.path.join(folder, "tokenizer_s3.safetensors")
     fit(model, read_weights(path), path)
     return model.to(device).eval()
+
+
+def export(run: str, out: str) -> None:
+    """A run's checkpoint folder without what only training needs, in fp16: `python model.py RUN OUT`."""
+    save_config(out, load_config(run))
+    for name in ("model", "token2wav", "tokenizer_s3", "voice"):
+        if os.path.exists(path := os.path.join(run, f"{name}.safetensors")):
+            save_weights(os.path.join(out, f"{name}.safetensors"), read_weights(path), torch.float16)
+    shutil.copy(os.path.join(run, "tokenizer.json"), os.path.join(out, "tokenizer.json"))
+
+
+if __name__ == "__main__":
+    export(*sys.argv[1:])

@@ -652,7 +652,7 @@ def main() -> None:
     p.add_argument("--data", action="append", required=True, help="LIST[:WEIGHT], repeatable")
     p.add_argument("--out", default="runs/out", help="folder of the run, itself a checkpoint")
     p.add_argument("--init", help="checkpoint folder to start from")
-    p.add_argument("--whisper", help="Whisper weights for the encoder (safetensors)")
+    p.add_argument("--whisper", help="Whisper weights for the encoder")
     p.add_argument("--resume", action="store_true")
     p.add_argument("--show", type=int, default=0, help="print N samples and stop")
     p.add_argument("--steps", type=int, default=10**9)
