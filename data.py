@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import unicodedata
 import zipfile
 import zlib
 from collections import Counter
@@ -79,33 +81,40 @@ class Tokenizer:
         try:
             with open(path, encoding="utf-8") as f:
                 spec = json.load(f)
-            vocab, added = spec["model"]["vocab"], spec["added_tokens"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+            ranks = {bytes(byte_alphabet()[c] for c in w): i
+                     for w, i in spec["model"]["vocab"].items() if w not in special}
+            self.im_end = special["<|im_end|>"]
+            self.composed = (spec.get("normalizer") or {}).get("type") == "NFC"  # Qwen2's
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise BadInput(f"{path}: not a readable tokenizer.json ({e})") from None
-        special = {t["content"]: t["id"] for t in added}
-        ranks = {bytes(map(byte_alphabet().get, w)): i for w, i in vocab.items()
-                 if w not in special}
         self.encoder = tiktoken.Encoding("echat", pat_str=PATTERN, mergeable_ranks=ranks,
                                          special_tokens=special)
         self.n_vocab = self.encoder.n_vocab
-        self.im_end = special["<|im_end|>"]
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended
         self.unknown = {i for w, i in ranks.items() if b"&&" in w}
-        self.fixed = lru_cache(self.fixed)
+        self.cache = {}
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens inside user text stay text."""
+        text = unicodedata.normalize("NFC", text) if self.composed else text
         return self.encoder.encode_ordinary(text)
 
     def fixed(self, text: str) -> list[int]:
         """A protocol string -> ids, its control tokens read as such; cached, do not modify."""
-        return self.encoder.encode(text, allowed_special="all")
+        if text not in self.cache:
+            self.cache[text] = self.encoder.encode(text, allowed_special="all")
+        return self.cache[text]
 
     def bytes_of(self, token: int) -> bytes:
-        return self.encoder.decode_single_token_bytes(token)
+        """Nothing for the spare rows that a published table has beyond its tokenizer."""
+        try:
+            return self.encoder.decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
     def decode(self, ids: list[int]) -> str:
-        return self.encoder.decode(ids, errors="replace")
+        return b"".join(map(self.bytes_of, ids)).decode(errors="replace")
 
 
 def train_tokenizer(texts: list[str], vocab: int, out: str) -> None:
@@ -137,8 +146,9 @@ def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | 
     name = source if isinstance(source, str) else "audio"
     try:
         with sf.SoundFile(source) as f:
-            last = len(f) if end is None else min(len(f), int(end * f.samplerate))
-            first = int(start * f.samplerate)
+            if not 1000 <= f.samplerate <= 400000:
+                raise BadInput(f"{name}: a sample rate of {f.samplerate} Hz")
+            first, last = span(len(f), f.samplerate, start, end)
             if last - first > MAX_SECONDS * f.samplerate:
                 raise BadInput(f"{name}: {(last - first) / f.samplerate:.0f} s of audio, the "
                                f"limit is {MAX_SECONDS} s")
@@ -160,18 +170,39 @@ def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | 
     return torch.from_numpy(np.ascontiguousarray(wave))
 
 
+def span(samples: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
+    """First and last + 1 sample of [start, end) seconds in a file of so many."""
+    return round(start * rate), samples if end is None else min(samples, round(end * rate))
+
+
+def header(path: str):
+    """What a file's header says (soundfile's info); BadInput if it is no audio file."""
+    try:
+        return sf.info(path)
+    except (OSError, RuntimeError, TypeError) as e:
+        raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
+
+
 def seconds_of(path: str) -> float:
     """Duration from the file's header only."""
-    try:
-        return sf.info(path).duration
-    except (OSError, RuntimeError) as e:
-        raise BadInput(f"{path}: not a readable audio file ({e})") from None
+    return header(path).duration
+
+
+def frames_of(path: str, start: float = 0.0, end: float | None = None) -> int:
+    """How many frames `features` will make, to the frame, from the file's header only."""
+    info = header(path)
+    first, last = span(info.frames, info.samplerate, start, end)
+    return -(-(last - first) * SAMPLE_RATE // info.samplerate) // 160
 
 
 def write_wave(path: str, wave: Tensor, rate: int) -> None:
-    """16-bit PCM, written whole or not at all."""
-    sf.write(path + ".tmp", wave.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
-    os.replace(path + ".tmp", path)
+    """16-bit PCM, written whole or not at all. BadInput where nothing can be written."""
+    try:
+        with open(path + ".tmp", "wb") as f:
+            sf.write(f, wave.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        raise BadInput(f"{path}: cannot be written ({e.strerror})") from None
 
 
 def spec_augment(mel: Tensor, rng: random.Random) -> Tensor:
@@ -202,17 +233,22 @@ def records(path: str):
     try:
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
+                if line.isspace():
+                    continue
                 try:
                     record = json.loads(line)
                     record["task"], record["txt"]
                 except (ValueError, KeyError, TypeError):
                     raise BadInput(f"{path}:{number}: not a JSON record with task and txt") \
                         from None
-                extra = record.setdefault("extra", {})
-                for home, name in ((record, "wav"), (extra, "reply_wav")):
+                extra = record["extra"] = record.get("extra") or {}
+                past = [(turn, "wav") for turn in extra.get("history", [])]
+                for home, name in ((record, "wav"), (extra, "reply_wav"), *past):
                     if home.get(name):
                         home[name] = os.path.join(folder, home[name])
                 yield record
+    except UnicodeDecodeError as e:
+        raise BadInput(f"{path}: not UTF-8 ({e})") from None
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
 
@@ -240,12 +276,15 @@ class Source:
 
     def batches(self):
         while True:
-            empty = True
+            empty = self.state["window"] == self.state["used"] == 0  # a whole epoch, from its start
             for index, chunk in self.windows():
                 rng = random.Random(f"{self.seed} {self.state['epoch']} {index}")
                 samples = []
                 for record in chunk:
-                    made = self.make(record, self.state["epoch"], rng)
+                    try:
+                        made = self.make(record, self.state["epoch"], rng)
+                    except BadInput:
+                        made = "unreadable audio"
                     if isinstance(made, str):
                         self.rejected[made] += 1
                     else:
@@ -257,7 +296,7 @@ class Source:
                     self.state["used"] += 1
                     yield batch
                 self.state.update(window=index + 1, used=0)
-            if empty and self.state["window"] == 0:
+            if empty:
                 raise BadInput(f"{self.path}: no usable record, rejected: {dict(self.rejected)}")
             self.state.update(epoch=self.state["epoch"] + 1, window=0, used=0)
 
@@ -291,21 +330,27 @@ class Mixture(torch.utils.data.IterableDataset):
                 source.state = dict(saved)
 
     def __iter__(self):
-        torch.set_num_threads(1)
+        worker = torch.utils.data.get_worker_info()
+        if worker:
+            torch.set_num_threads(1)
         streams = [s.batches() for s in self.sources]
         weights = [s.weight for s in self.sources]
-        while True:
+        for turn in itertools.count():
             rng = random.Random(f"{self.seed} mix {self.drawn}")
             stream = rng.choices(streams, weights)[0]
             share = [next(stream) for _ in range(self.world)]
             self.drawn += 1
             state = {"drawn": self.drawn, "sources": [dict(s.state) for s in self.sources]}
-            yield self.collate(share[self.rank], f"{self.seed} {self.drawn}"), state
+            if not worker or turn % worker.num_workers == worker.id:  # workers take turns, too
+                yield self.collate(share[self.rank], f"{self.seed} {self.drawn}"), state
 
 
 def features(path: str, n_mels: int, start: float = 0.0, end: float | None = None) -> Tensor:
     """wav file -> log-mel (T, n_mels)."""
-    return log_mel(read_wave(path, start=start, end=end), n_mels)
+    wave = read_wave(path, start=start, end=end)
+    if len(wave) < 320:
+        raise BadInput(f"{path}: {len(wave)} samples at 16 kHz, too short")
+    return log_mel(wave, n_mels)
 
 
 def pad_stack(rows: list[Tensor], value: float = 0) -> Tensor:
@@ -1135,7 +1180,7 @@ def build(args: argparse.Namespace):
 def spoken(record: dict) -> str | None:
     """The 24 kHz speech of a record that the model learns to say."""
     return record["extra"].get("reply_wav") or (
-        record["wav"] if record["task"].startswith("<TEXT2TOKEN>") else None)
+        record.get("wav") if record["task"].startswith("<TEXT2TOKEN>") else None)
 
 
 def write_lines(path: str, rows) -> None:
@@ -1147,7 +1192,7 @@ def write_lines(path: str, rows) -> None:
 def raw_records(path: str) -> list[dict]:
     """The records as written, wav paths untouched."""
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        return [json.loads(line) for line in f if not line.isspace()]
 
 
 @torch.inference_mode()
@@ -1166,7 +1211,7 @@ def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
         rows = raw_records(path)
         for row, record in zip(rows, records(path)):
             if spoken(record) in done:
-                row["extra"]["speech_token"] = done[spoken(record)]
+                row["extra"] = (row.get("extra") or {}) | {"speech_token": done[spoken(record)]}
         write_lines(path, rows)
 
 
@@ -1251,9 +1296,10 @@ def main() -> None:
     c = commands.add_parser("check", help="lint lists")
     c.add_argument("lists", nargs="+")
     args = p.parse_args()
+    from model import BadCheckpoint
     try:
         run(args)
-    except BadInput as e:
+    except (BadInput, BadCheckpoint, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         sys.exit(2)
 

@@ -13,7 +13,10 @@ import time
 BEGUN = time.time()  # before the heavy imports: the user waits for these too
 
 import argparse
+import codecs
+import functools
 import json
+import math
 import os
 import re
 import sys
@@ -39,9 +42,14 @@ class Chatbot:
         self.args, self.device = args, pick_device(args.device)
         self.tok = Tokenizer(args.model)
         self.model = echat.load_echat(args.model, self.device)
+        rows = self.model.cfg.decoder.vocab
+        if self.tok.n_vocab > rows:
+            raise BadCheckpoint(f"{args.model}: tokenizer.json has {self.tok.n_vocab} tokens, the "
+                                f"model {rows}")
         self.voice = None
         if args.task in ("s2s", "tts"):
             self.voice = echat.load_token2wav(args.model, args.voice, self.device)
+            self.start = functools.lru_cache(maxsize=1)(self.voice.start)  # the prompt, once
         self.load_s, self.history = time.time() - start, []
 
     def hear(self, path: str) -> torch.Tensor:
@@ -49,7 +57,7 @@ class Chatbot:
         wave = read_wave(path)
         if len(wave) < SHORTEST * 16000:
             raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
-        if wave.abs().max() < SILENCE:
+        if (wave - wave.mean()).abs().max() < SILENCE:
             raise BadInput(f"{path}: silence")
         return log_mel(wave, self.model.cfg.encoder.n_mels)
 
@@ -66,22 +74,28 @@ class Chatbot:
         args = self.args
         if args.task == "understand":
             text = echat.user_prompt(args.labels)
-        elif args.think == "natural":
+        elif args.think == "natural" and mel is not None and self.model.cfg.language == "en":
             text = echat.NATURAL
         return self.model.answer(self.tok, args.task, mel, text, think=args.think != "off",
                                  interleave=args.interleave, history=self.history, seed=args.seed,
-                                 max_tokens=args.max_tokens, **self.sampling())
+                                 max_tokens=args.max_tokens, how=self.sampling())
 
     def turn(self, path: str | None, text: str):
-        """One turn as events: ("text", piece), ("audio", wave chunk), ("done", result, wave)."""
+        """One turn as events: ("text", piece), ("audio", wave chunk), ("done", result, wave).
+
+        Audio comes in pieces only with --stream: all codes at once are rendered twice as fast.
+        """
         start = time.time()
         mel = None if path is None else self.hear(path)
         words, codes, waves, times = [], [], [], {}
-        state = self.voice.start(self.args.seed) if self.voice else None
+        state, spoken, utf8 = None, 0, codecs.getincrementaldecoder("utf-8")("replace")
+        hop = self.voice.flow.hop_codes if self.voice and self.args.stream else math.inf
 
-        def speak(new: list[int], final: bool):
-            nonlocal state
-            wave, state = self.voice.stream(new, state, final)
+        def speak(final: bool):
+            nonlocal state, spoken
+            wave, state = self.voice.stream(codes[spoken:], state or self.start(self.args.seed),
+                                            final)
+            spoken = len(codes)
             if len(wave):
                 times.setdefault("first_audio_s", time.time() - start)
                 waves.append(wave)
@@ -91,20 +105,24 @@ class Chatbot:
             if kind == "text":
                 times.setdefault("first_text_s", time.time() - start)
                 words.append(token)
-                yield "text", self.tok.bytes_of(token) if token != self.tok.im_end else b""
+                piece = self.tok.bytes_of(token) if token != self.tok.im_end else b""
+                yield "text", utf8.decode(piece)
             elif token != self.model.cfg.decoder.codes:  # not the open or close of speech
                 codes.append(token)
-                yield from speak([token], False)
-        if self.voice:
-            yield from speak([], True)
+                if len(codes) - spoken >= hop:
+                    yield from speak(False)
+        if codes and self.voice:
+            yield from speak(True)
         wave = torch.cat(waves) if waves else None
         rate = self.model.cfg.vocoder.sample_rate
         seconds = 0.0 if wave is None else len(wave) / rate
         times |= {"load_s": self.load_s, "total_s": time.time() - start}
         times["rtf"] = times["total_s"] / seconds if seconds else None
         answer = self.read(words)
-        frames = 0 if mel is None else self.model.audio_slots(len(mel))
-        self.history = (self.history + [(frames, answer["text"], codes)])[-5:]
+        if self.args.task == "tts":
+            answer["text"] = answer["text"] or text
+        if self.args.task in ("s2s", "s2t"):
+            self.history = (self.history + [(mel, answer["text"], codes)])[-5:]  # as released
         yield "done", {
             "wav": path, "task": self.args.task, **answer, "audio": None, "sample_rate": rate,
             "seconds": round(seconds, 3), "codes": len(codes), "timings": {
@@ -120,6 +138,8 @@ class Chatbot:
         if cut:
             think, text = full.split(echat.THINK_END, 1)
             think += echat.THINK_END
+        elif full.startswith(echat.THINK):  # --max-tokens cut it short
+            think, text = full, ""
         found = dict.fromkeys(("transcript", *echat.LABELS))
         if self.args.task == "understand":
             found.update(read_labels(text, self.args.labels))
@@ -133,18 +153,18 @@ class Chatbot:
 
 def read_labels(text: str, wanted: list[str]) -> dict:
     """ "words<SAD><OLD>" -> transcript and the labels that were asked for, in their order."""
-    tags = re.findall(r"<([^<>]+)>", text)
-    words = re.split(r"<[A-Z_]+>", text)[0].strip()
+    words, *tags = re.split(r"<([^<>]+)>", text)
+    words, tags = words.strip(), [None if t == "&&" else t for t in tags[::2]]
     out = dict(zip([w for w in wanted if w != "asr"], tags))
     return out | {"transcript": words or None} if "asr" in wanted else out
 
 
 def pick_device(name: str) -> str:
-    if name != "auto":
-        return name
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    there = [d for d in ("cuda", "npu", "mps") if getattr(torch, d, None)
+             and getattr(torch, d).is_available()] + ["cpu"]
+    if name not in ("auto", *there):
+        raise BadInput(f"--device {name}: there is none here")
+    return there[0] if name == "auto" else name
 
 
 def reply_path(wav: str | None, out: str | None) -> str:
@@ -173,44 +193,46 @@ def lines_for_people(result: dict) -> str:
     return "\n".join(lines + [", ".join(parts)])
 
 
-def emit(event: dict) -> None:
-    print(json.dumps(event, ensure_ascii=False), flush=True)
+def emit(event: dict, raw: bool) -> None:
+    """One line of JSON on stdout, or on stderr where stdout is the raw audio."""
+    print(json.dumps(event, ensure_ascii=False), file=sys.stderr if raw else sys.stdout, flush=True)
 
 
 def play(bot: Chatbot, wav: str | None, text: str) -> None:
     """Run one turn and write what the flags ask for."""
     args, raw = bot.args, bot.args.out == "-"
     target = None if raw else reply_path(wav, args.out)
-    bar = tqdm(desc=os.path.basename(wav or args.task), unit=" tokens", leave=False,
-               disable=not sys.stderr.isatty())
-    chunks = 0
-    for event, *payload in bot.turn(wav, text):
-        bar.update()
-        if event == "audio" and raw:
-            sys.stdout.buffer.write((payload[0].clamp(-1, 1) * 32767).short().numpy().tobytes())
-            sys.stdout.buffer.flush()
-        elif event == "audio" and args.stream:
-            path = f"{os.path.splitext(target)[0]}.{chunks:03d}.wav"
-            write_wave(path, payload[0], bot.model.cfg.vocoder.sample_rate)
-            chunks += 1
-            if args.json:
-                emit({"event": "audio", "path": path, "samples": len(payload[0])})
-        elif event == "text" and args.stream and args.json:
-            emit({"event": "text", "text": payload[0].decode(errors="replace")})
-        elif event == "done":
-            bar.close()
-            result, wave = payload
-            if wave is not None and not raw:
-                write_wave(target, wave, bot.model.cfg.vocoder.sample_rate)
-                result["audio"] = target
-            if args.json:
-                emit({"event": "done", **result} if args.stream else result)
-            else:
-                print(lines_for_people(result), file=sys.stderr if raw else sys.stdout, flush=True)
+    rate, chunks = bot.model.cfg.vocoder.sample_rate, 0
+    with tqdm(desc=os.path.basename(wav or args.task), unit=" tokens", leave=False,
+              disable=not sys.stderr.isatty()) as bar:
+        for event, *payload in bot.turn(wav, text):
+            bar.update()
+            if event == "audio" and raw:
+                pcm = (payload[0].clamp(-1, 1) * 32767).round().short()
+                sys.stdout.buffer.write(pcm.numpy().tobytes())
+                sys.stdout.buffer.flush()
+            elif event == "audio" and args.stream:
+                path = f"{os.path.splitext(target)[0]}.{chunks:03d}.wav"
+                write_wave(path, payload[0], rate)
+                chunks += 1
+                if args.json:
+                    emit({"event": "audio", "path": path, "samples": len(payload[0])}, raw)
+            elif event == "text" and payload[0] and args.stream and args.json:
+                emit({"event": "text", "text": payload[0]}, raw)
+    result, wave = payload
+    if wave is not None and not raw:
+        write_wave(target, wave, rate)
+        result["audio"] = target
+    if args.json:
+        emit({"event": "done", **result} if args.stream else result, raw)
+    else:
+        print(lines_for_people(result), file=sys.stderr if raw else sys.stdout, flush=True)
 
 
 def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description="Talk to EChat: a wav in, a think and a spoken reply out.")
+    p = argparse.ArgumentParser(
+        description="Talk to EChat: a wav in, a think and a spoken reply out.")
+    p.error = lambda message: p.exit(2, f"infer.py: {message}\n")  # one line, without the usage
     p.add_argument("wavs", nargs="*", metavar="question.wav")
     p.add_argument("--model", default=os.path.join(HERE, "assets", "mini"), help="checkpoint folder")
     p.add_argument("--task", default="s2s", choices=("s2s", "s2t", "t2t", "tts", "understand"))
@@ -236,11 +258,35 @@ def arguments() -> argparse.Namespace:
             p.error(f"--labels: {w!r} is not among {', '.join(sorted(set(echat.TAGS.values())))}")
     if args.task in ("t2t", "tts") and (not args.text.strip() or args.wavs):
         p.error(f"--task {args.task} takes --text and no wav")
+    if args.task in ("t2t", "tts") and args.interactive:
+        p.error("--interactive reads wavs, which --task t2t and tts do not take")
     if args.task not in ("t2t", "tts") and not (args.wavs or args.interactive):
         p.error("a wav is needed")
-    if args.out and len(args.wavs) > 1 and not (os.path.isdir(args.out) or args.out.endswith("/")):
+    folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
+    if args.out and len(args.wavs) > 1 and not folder:
         p.error("--out must be a folder when there are several wavs")
+    if args.out and not folder and not os.path.isdir(os.path.dirname(args.out) or "."):
+        p.error(f"--out {args.out}: no such folder")
+    bad = [name for name, good in (
+        ("max-tokens", args.max_tokens > 0), ("seed", abs(args.seed) < 2**63),
+        ("temperature", args.temperature is None or args.temperature >= 0),
+        ("top-k", args.top_k is None or args.top_k >= 0),
+        ("top-p", args.top_p is None or 0 < args.top_p <= 1)) if not good]
+    if bad:
+        p.error(f"--{bad[0]}: out of range")
     return args
+
+
+def turns(args: argparse.Namespace):
+    """The wavs of the command line (None for a task without), then those a person types."""
+    yield from args.wavs or ([] if args.interactive else [None])
+    while args.interactive:
+        if sys.stdin.isatty():
+            print("wav: ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def main() -> None:
@@ -250,8 +296,7 @@ def main() -> None:
         bot = Chatbot(args)
         if args.out and args.out.endswith("/"):
             os.makedirs(args.out, exist_ok=True)
-        turns = (line.strip() for line in sys.stdin) if args.interactive else args.wavs or [None]
-        for wav in filter(lambda w: w != "", turns):
+        for wav in turns(args):
             try:
                 play(bot, wav, args.text)
             except BadInput as e:
@@ -265,6 +310,8 @@ def main() -> None:
     except OSError as e:
         print(f"infer.py: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(1)
     sys.exit(2 if failed else 0)
 
 

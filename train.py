@@ -81,7 +81,7 @@ class Sample:
     targets: list[int] = field(default_factory=list)
     part: list[int] = field(default_factory=list)
     attend: list[bool] = field(default_factory=list)
-    audio: tuple | None = None  # path, start, end in seconds
+    audio: list[tuple] = field(default_factory=list)  # path, start, end in seconds; oldest first
 
     @property
     def length(self) -> int:
@@ -118,20 +118,21 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     """One record of a list -> the sequence it trains, or the reason why it is rejected."""
     task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
     V, close = cfg.decoder.vocab, cfg.decoder.codes
-    sample, frames, history = Sample(), 0, []
+    sample, slots, past = Sample(), [], []
     if task.startswith("<TEXT2T"):
         kind = "t2t" if task == "<TEXT2TEXT>" else "tts"
     else:
-        start, end = record.get("start", 0.0), record.get("end")
-        if not record.get("wav") or not os.path.exists(record["wav"]):
-            return "no wav"
-        seconds = (end or data.seconds_of(record["wav"])) - start
-        frames = echat.EChat.audio_slots(int(seconds * 100 + 1e-6))
-        if not 20 <= seconds * 100 <= 20000:
-            return "audio shorter than 0.2 s or longer than 200 s"
-        sample.audio = (record["wav"], start, end)
         kind = "understand" if "<S2TCHAT" not in task else \
             "s2s" if "<TEXT2TOKEN>" in task else "s2t"
+        past = extra.get("history", []) if kind != "understand" else []  # wav, txt, speech_token
+        for turn in [*past, record]:
+            if not turn.get("wav") or not os.path.exists(turn["wav"]):
+                return "no wav"
+            sample.audio.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
+            frames = data.frames_of(*sample.audio[-1])
+            if not 20 <= frames <= 20000:
+                return "audio shorter than 0.2 s or longer than 200 s"
+            slots.append(echat.EChat.audio_slots(frames))
     speaks = kind in ("tts", "s2s")
     codes = extra.get("speech_token") or []
     if speaks and not codes:
@@ -141,12 +142,15 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     speech = [V + close, *(V + c for c in codes), V + close]
 
     if kind == "t2t":
+        if not extra.get("question"):
+            return "no question"
         sample.add(prompt("t2t", tok, cfg.decoder, text=extra["question"]))
         sample.add([*tok.encode(txt), tok.im_end], "text")
         return sample
     if kind == "understand":  # eq. 1: the words, then the labels
         wanted = [echat.TAGS[t] for t in TAG.findall(task) if t in echat.TAGS]
-        sample.add(prompt("understand", tok, cfg.decoder, frames, echat.user_prompt(wanted)))
+        sample.add(prompt("understand", tok, cfg.decoder, slots[-1],
+                          echat.user_prompt(wanted)))
         words = len(TAG.split(txt)[0].encode())
         at = 0
         for token in tok.encode(txt):
@@ -170,23 +174,25 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         return sample
 
     # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
-    think, user, history = "", "", extra.get("history", [])
+    history = [(n, t["txt"], t.get("speech_token") or []) for n, t in zip(slots, past)]
+    think, user = "", ""
     if rng.random() < stage.think:
         if "think_str" in extra and rng.random() < 0.25:
             think = echat.THINK + extra["think_str"] + echat.THINK_END
             user = echat.NATURAL if cfg.language == "en" else ""
-            txt = TAG.sub("", txt, count=1) if TAG.match(txt) else txt
+            txt = re.sub("^<[^<>]+>", "", txt)  # the reply's emotion belongs to the label think
         else:
             labels = {"age": extra.get("age"), "gender": extra.get("gender"),
                       "emotion": extra.get("q_emotion"), "event": extra.get("caption"),
                       "reply_emotion": extra.get("emotion")}
-            think = label_think(cfg.language, extra.get("q_txt", ""), labels)
+            think = label_think(cfg.language, extra.get("q_txt") or extra.get("question", ""),
+                                labels)
     answer = [*tok.encode(think + txt), tok.im_end]  # one string: `>` may merge with what follows
     thought = think_length(answer, tok)
     text = answer[thought:]
     stream = speaks and stream and 3 * len(text) <= len(speech)
     name = kind + ("_stream" if stream else "") + ("_think" if think else "")
-    sample.add(prompt(name, tok, cfg.decoder, frames, user, history))
+    sample.add(prompt(name, tok, cfg.decoder, slots[-1], user, history))
     sample.add(answer[:thought], "think", tok.unknown)
     if stream:
         for part, ids in interleave(text, speech):
@@ -219,12 +225,12 @@ class Dialogue:
                  "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1)}
         if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
             batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
-        if samples[0].audio:
-            mels = [data.features(s.audio[0], self.cfg.encoder.n_mels, *s.audio[1:])
-                    for s in samples]
+        if clips := [clip for s in samples for clip in s.audio]:
+            mels = [data.features(path, self.cfg.encoder.n_mels, *span) for path, *span in clips]
             batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
-            batch["mel"] = data.pad_stack([data.spec_augment(m, rng) for m in mels]
-                                          if self.args.augment else mels)
+            if self.args.augment and self.module.training:
+                mels = [data.spec_augment(m, rng) for m in mels]
+            batch["mel"] = data.pad_stack(mels)
         return batch
 
     def weight(self, batch: dict) -> int:
@@ -269,7 +275,7 @@ class S3:
         if args.whisper:
             self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": list(self.module.parameters())}
-        self.steps, self.recent = 0, []
+        self.step, self.recent = 0, []  # the loop's step; features of the latest batches
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
         text = TAG.sub("", record["txt"]).lower()
@@ -290,11 +296,12 @@ class S3:
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """CTC alone until the recogniser works, then k-means on its features, then through codes."""
         if self.module.training and not self.module.codebook.fitted:
-            self.steps += 1
-            if self.steps > self.args.quantise_after - 40:
+            after = self.args.quantise_after
+            if self.step > after - 40:
                 self.gather(batch)
-            if self.steps > self.args.quantise_after:
+            if self.step > after and len(self.recent) > min(40, after):
                 self.module.init_codebook(torch.cat(self.recent))
+                self.recent = []
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
         return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
@@ -302,7 +309,7 @@ class S3:
     @torch.no_grad()
     def gather(self, batch: dict) -> None:
         x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
-        self.recent += [row[:n] for row, n in zip(x, lengths)]
+        self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
 
     def save(self, folder: str) -> None:
         """What encode() needs; the tail and the CTC head were only the teacher."""
@@ -360,7 +367,7 @@ class FlowStage(Voice):
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         mel = mel_spectrogram(batch["wave"], self.cfg.vocoder)
-        spk = self.whole.voice["spk"].expand(len(mel), -1)
+        spk = self.whole.voice["spk"].to(mel).expand(len(mel), -1)
         _, loss = self.module(batch["codes"], batch["lengths"], mel, spk)
         return loss, {"flow": (loss.detach(), 1)}
 
@@ -379,7 +386,7 @@ class VocoderStage(Voice):
                                      "discriminator": Discriminator(cfg.vocoder)})
         self.turns = ("discriminator", "generator")
         self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
-        self.step = 0
+        self.step = 0  # the loop's
 
     def collate(self, clips: list[Clip], seed: str) -> dict:
         return {"wave": self.waves(clips)}
@@ -388,8 +395,6 @@ class VocoderStage(Voice):
         """The discriminator's turn, then the generator's, on the same made waves."""
         G, D, real = self.module["generator"], self.module["discriminator"], batch["wave"]
         D.requires_grad_(turn == "discriminator")
-        if turn == "discriminator":
-            self.step += 1
         alone = self.step <= self.args.mel_only  # mel loss first: a GAN on noise teaches nothing
         if "fake" not in batch:
             batch["fake"] = G(mel_spectrogram(real, self.cfg.vocoder))
@@ -438,6 +443,12 @@ def trainable(module: EChat, names: tuple[str, ...]) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
+def weighted(item: str) -> tuple[str, float]:
+    """LIST[:WEIGHT] -> path, weight."""
+    found = re.fullmatch(r"(.+):(\d*\.?\d+)", item)
+    return (found[1], float(found[2])) if found else (item, 1.0)
+
+
 def learning_rate(step: int, peak: float, warmup: int) -> float:
     """Linear warm-up, then inverse square root (Vaswani et al. 2017), step from 1."""
     return peak * min(step / max(1, warmup), math.sqrt(max(1, warmup) / step))
@@ -481,13 +492,17 @@ class Trainer:
     def loader(self, lists: list[str], seed: int, state=None):
         sources = []
         for item in lists:
-            path, _, weight = item.rpartition(":")
-            path, weight = (path, float(weight)) if path else (item, 1.0)
-            size = sum(1 for _ in open(path, "rb")) if os.path.exists(path) else 1
+            path, weight = weighted(item)
+            if not os.path.exists(path):
+                raise BadInput(f"{path}: no such list")
+            size = sum(1 for _ in open(path, "rb"))
             sources.append(Source(path, weight * size, self.trainee.make,
                                   self.args.batch_tokens or self.stage.budget, seed))
         mixture = Mixture(sources, self.trainee.collate, seed, self.rank, self.world, state)
-        return iter(torch.utils.data.DataLoader(mixture, None, num_workers=self.args.workers))
+        # A generator of its own: a loader made anew must not move on the model's random numbers.
+        return iter(torch.utils.data.DataLoader(
+            mixture, None, num_workers=self.args.workers, generator=torch.Generator(),
+            multiprocessing_context="fork" if self.args.workers else None))
 
     def run(self) -> None:
         args, trainee = self.args, self.trainee
@@ -524,14 +539,17 @@ class Trainer:
 
     def update(self, micro: list[dict]) -> dict | None:
         """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
-        total = torch.tensor([float(sum(self.trainee.weight(b) for b in micro))])
+        self.trainee.step = self.step
+        total = torch.tensor([float(sum(self.trainee.weight(b) for b in micro))],
+                             device=self.device)
         if self.world > 1:
             dist.all_reduce(total)
         self.lr = learning_rate(self.step, self.args.lr, self.args.warmup)
         out = {}
         for turn in self.trainee.turns:
-            optimizer = self.optimizers[turn]
-            optimizer.zero_grad(set_to_none=False)
+            optimizer, parameters = self.optimizers[turn], self.trainee.parameters[turn]
+            for p in parameters:  # never None: what a batch leaves out steps alike, resumed or not
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
             finite = True
             for batch in micro:
                 loss, stats = self.trainee.loss(turn, batch)
@@ -540,10 +558,7 @@ class Trainer:
                 for name, (value, count) in stats.items():
                     old = out.get(name, (0, 0))
                     out[name] = (old[0] + value, old[1] + count)
-            parameters = [p for p in self.trainee.parameters[turn]]
             if self.world > 1:
-                for p in parameters:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 all_reduce([p.grad for p in parameters])
             norm = nn.utils.clip_grad_norm_(parameters, self.args.clip)
             if not finite or not bool(torch.isfinite(norm)):
@@ -632,9 +647,9 @@ def show(trainer: Trainer, count: int) -> None:
     colours = {-1: "\033[90m", 0: "\033[32m", 1: "\033[33m", 2: "\033[35m", 3: "\033[36m",
                4: "\033[34m"}
     V, tok = trainer.cfg.decoder.vocab, trainer.trainee.tok
-    for path in trainer.args.data:
+    for item in trainer.args.data:
         rng = random.Random(trainer.args.seed)
-        for record, _ in zip(data.records(path.rpartition(":")[0] or path), range(count)):
+        for _, record in zip(range(count), data.records(weighted(item)[0])):
             sample = trainer.trainee.make(record, 1, rng)
             if isinstance(sample, str):
                 print(f"rejected: {sample}")
@@ -685,7 +700,9 @@ def main() -> None:
         trainer = Trainer(args)
         show(trainer, args.show) if args.show else trainer.run()
     except (BadInput, echat.BadCheckpoint) as e:
-        sys.exit(f"train.py: {e}") if "RANK" in os.environ else fail(str(e))
+        # from a worker process it comes with the traceback of that one
+        message = str(e).strip().splitlines()[-1].removeprefix("data.BadInput: ")
+        sys.exit(f"train.py: {message}") if "RANK" in os.environ else fail(message)
 
 
 def fail(message: str) -> None:
