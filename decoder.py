@@ -21,6 +21,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 
+class SharedPrefix:
+    """The prompt that all rows of a training batch begin with, computed once, with gradients.
+
+    Used in place of a cache: the first forward, of one row, fills it; the second, of all rows,
+    continues it. A prompt of 40 to 75 tokens is a fifth to a half of a training sequence.
+    """
+
+    max_len = float("inf")
+
+    def __init__(self):
+        self.kv, self.length = [], 0
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, K, T, E) -> with the prefix of all rows before them."""
+        if not self.length:
+            self.kv.append((k, v))
+            return k, v
+        shared = (t.expand(len(k), -1, -1, -1) for t in self.kv[layer])
+        return tuple(torch.cat(pair, 2) for pair in zip(shared, (k, v)))
+
+
 def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype):
     """cos and signed sin (..., T, 1, E) for `rotate`; angles in float32 whatever the dtype."""
     rates = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
@@ -183,10 +204,10 @@ class Decoder(nn.Module):
         return rows.masked_fill((ids < 0)[..., None], 0)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+                cache: KVCache | SharedPrefix | None = None) -> Tensor:
         """x (B, T, D) -> hidden (B, T, D) after the final norm. Causal: right pads need no mask.
 
-        mask (B, T) bool, only without a cache: a False key is seen by nobody (unknown labels).
+        mask (B, past + T) bool: a False key is seen by nobody (unknown labels).
         positions (B, T) or (T,); by default they count the seen keys, so skip the unseen.
         cache: x continues it. ValueError if it is too short.
         """
@@ -195,7 +216,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{past} + {T} positions do not fit a cache of {cache.max_len}")
         if positions is None:
             positions = (torch.arange(past, past + T, device=x.device) if mask is None
-                         else (mask.cumsum(1) - 1).clamp(min=0))
+                         else (mask.cumsum(1) - 1).clamp(min=0)[:, past:])
         cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         seen = None  # plain causal with nothing cached: the kernel needs no mask and is fastest
         if mask is not None or (past and T > 1):

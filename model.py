@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from adapter import Adapter, AdapterConfig
-from decoder import Decoder, DecoderConfig, KVCache
+from decoder import Decoder, DecoderConfig, KVCache, SharedPrefix
 from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig
 from flow import Flow, FlowConfig
 from vocoder import Generator, VocoderConfig
@@ -287,13 +287,25 @@ class EChat(nn.Module):
         """
         speech, lengths = (None, None) if mel is None else self.hear(mel, mel_lengths)
         x = self.embed(ids, speech, lengths)
-        positions = None if attend is None else (attend.long().cumsum(1) - 1).clamp(min=0)
-        hidden = self.decoder(x, positions, attend)  # (B, L, D)
         if targets is None:
-            return self.decoder.logits(hidden, "joint"), None
+            return self.decoder.logits(self.decoder(x, mask=attend), "joint"), None
         wanted = F.pad(targets[:, 1:], (0, 1), value=-100)  # position i predicts i + 1
+        shared, prefix = self.shared(ids, attend, wanted), None
+        if shared:
+            prefix = SharedPrefix()
+            self.decoder(x[:1, :shared], cache=prefix)
+            x, wanted = x[:, shared:], wanted[:, shared:]
+        hidden = self.decoder(x, mask=attend, cache=prefix)  # (B, L - shared, D)
         logits = self.decoder.logits(hidden[wanted != -100], "joint")  # (N, V+codes+1)
         return logits, F.cross_entropy(logits.float(), wanted[wanted != -100], reduction="none")
+
+    @staticmethod
+    def shared(ids: Tensor, attend: Tensor | None, wanted: Tensor) -> int:
+        """Leading positions that are the same in all rows and predict nothing: the prompt."""
+        differs = (ids != ids[:1]) | (ids < 0) | (wanted != -100)
+        if attend is not None:
+            differs |= ~attend
+        return int((~differs.any(0)).long().cumprod(0).sum()) if len(ids) > 1 else 0
 
     @torch.inference_mode()
     def generate(self, ids: list[int], tok, mels: list[Tensor] = (), layout: str = "text",
