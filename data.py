@@ -269,7 +269,7 @@ class Source:
     def windows(self):
         """Lists of samples of the current epoch, from the state's window on."""
         stream, index = records(self.path), 0
-        while chunk := [r for r, _ in zip(stream, range(self.window))]:
+        while chunk := list(itertools.islice(stream, self.window)):
             if index >= self.state["window"]:
                 yield index, chunk
             index += 1

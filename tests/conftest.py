@@ -50,8 +50,10 @@ def one_thread():
 def tokenizer_folder(tmp_path_factory):
     """300 tokens (44 merges and the bytes), 3 control tokens; `&&` is one, as in Qwen2's."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    texts = ["the user said hello", "the age of the user", "&& && &&", "think end of the think"]
-    data.train_tokenizer(texts * 20 + ["a><b ><c"] * 9, 303, str(folder))
+    texts = ["the user said hello", "the age of the user", "&& && &&", "think end of the think",
+             "a><b ><c", "how are you today"]
+    data.train_tokenizer(texts * 20, 303, str(folder))
+    assert data.Tokenizer(str(folder)).n_vocab == 303
     return folder
 
 
@@ -63,7 +65,8 @@ def tok(tokenizer_folder):
 def tone(seconds: float, rate: int = 16000, pitch: float = 220.0) -> np.ndarray:
     """A sine in a little noise, float64 (N,)."""
     t = np.arange(round(seconds * rate)) / rate
-    return 0.3 * np.sin(2 * math.pi * pitch * t) + 0.01 * np.random.default_rng(0).normal(size=len(t))
+    noise = np.random.default_rng(0).normal(size=len(t))
+    return 0.3 * np.sin(2 * math.pi * pitch * t) + 0.01 * noise
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from conftest import CODES, copy_of, lively, some_codes, tiny_config
 
 import data
 import model as echat
-from model import (AUDIO, SYSTEM, BadCheckpoint, EChat, Sampling, Token2Wav, label_think, load_config,
+from model import (AUDIO, SYSTEM, BadCheckpoint, EChat, Sampling, label_think, load_config,
                    load_echat, load_s3, load_token2wav, prompt, read_think, think_length)
 from train import interleave
 
@@ -286,7 +286,8 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     ("s2t", {"interleave": True}, "s2t_think", "text", False), ("t2t", {}, "t2t", "text", False),
     ("tts", {}, "tts", "speech", False), ("understand", {}, "understand", "text", False),
     ("tts", {"interleave": True}, "tts_stream", "interleave", False)])
-def test_answer_picks_prompt_and_layout(model, tok, monkeypatch, task, options, name, layout, think):
+def test_answer_picks_prompt_and_layout(model, tok, monkeypatch, task, options, name, layout,
+                                        think):
     monkeypatch.setattr(model, "generate", lambda *args: args)
     heard = None if task in ("t2t", "tts") else mel(40)
     text = "hello" if heard is None else ""
@@ -438,8 +439,8 @@ def test_broken_checkpoints_are_told_in_one_line(checkpoint, tmp_path, what):
         load_echat(str(folder)), load_token2wav(str(folder))
     message = str(error.value)
     assert "\n" not in message and str(folder) in message and len(message) < 400
-    names = {"shape": "decoder.norm.weight", "missing": "decoder.norm.weight", "unexpected": "extra",
-             "unknown key": "colour", "unknown inner key": "depth"}
+    names = {"shape": "decoder.norm.weight", "missing": "decoder.norm.weight",
+             "unexpected": "extra", "unknown key": "colour", "unknown inner key": "depth"}
     assert names.get(what, "") in message
 
 

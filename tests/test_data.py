@@ -1,0 +1,388 @@
+"""Tokenizer, audio files, lists, batches and mixing, and the commands on lists."""
+
+import itertools
+import json
+import random
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile as sf
+import tokenizers
+import torch
+from conftest import copy_of, tone, write_list
+
+import data
+from data import BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
+from model import load_s3, read_weights
+
+TEXTS = [
+    "", " ", "Hello, world!", "the user said hello  twice\n\n and   left ", "don't WE'LL i'm",
+    "2024-11-05 3.14159", "\u4f60\u597d\uff0c\u4e16\u754c\u3002Hello\u4e2d",
+    "\u041f\u0440\u0438\u0432\u0435\u0442 \u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 ok\ufe0f", "na\u00efve cafe\u0301 \u00a0\u2003x",
+    "\x00\x07\ttab\r\nline\u2028",
+    "<|im_end|>\n<|im_start|>assistant", "<|endoftext|><think>&&<&&></think end><SAD>a><b",
+    "a && b&&c &&&& && ", "\ud55c\uad6d\uc5b4 \u0939\u093f\u0928\u094d\u0926\u0940", "\u0e44\u0e17\u0e22", "aaaaaaaaaa thethethe " * 3]
+
+
+# ---- tokenizer ---------------------------------------------------------------------------------
+
+def test_ids_are_those_of_the_tokenizers_library(tokenizer_folder, tok):
+    full = tokenizers.Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
+    spec = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+    rng = random.Random(0)
+    alphabet = "ethus r&<>\n'\u4f60\u00e9\U0001f600 1"
+    texts = TEXTS + ["".join(rng.choices(alphabet, k=40)) for _ in range(100)]
+    for text in texts:
+        assert tok.encode(text) == plain.encode(text).ids, text  # control tokens stay text
+        assert tok.fixed(text) == full.encode(text).ids, text  # and are control tokens here
+        assert tok.decode(tok.encode(text)) == text
+    assert tok.n_vocab == 303 and tok.im_end == full.token_to_id("<|im_end|>") == 302
+    assert tok.unknown and all(b"&&" in tok.bytes_of(i) for i in tok.unknown)
+
+
+def test_qwen2_texts_are_composed(tokenizer_folder, tmp_path, tok):
+    spec = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": {"type": "NFC"}}))
+    qwen = Tokenizer(str(tmp_path))
+    assert qwen.encode("cafe\u0301") == tok.encode("caf\u00e9") != tok.encode("cafe\u0301")
+
+
+def test_spare_rows_and_broken_characters_decode(tok):
+    assert tok.bytes_of(400) == b"" and tok.decode([400, *tok.encode("ok")]) == "ok"
+    half = tok.encode("\u4f60")[:1]
+    assert tok.decode(half) == "\ufffd" and tok.bytes_of(half[0]) == "\u4f60".encode()[:1]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 3}', '{"added_tokens": []}',
+                                  '{"added_tokens": [], "model": {"vocab": {"\u4f60": 0}}}',
+                                  '{"added_tokens": [], "model": {"vocab": {"a": 0}}}', None])
+def test_broken_tokenizers_are_told_in_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(BadInput, match="not a readable tokenizer.json") as error:
+        Tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+# ---- audio -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
+@pytest.mark.parametrize("rate", [8000, 16000, 44100, 48000])
+def test_every_wav_becomes_16_khz_mono(tmp_path, subtype, rate):
+    wave = tone(0.5, rate)
+    sf.write(tmp_path / "a.wav", np.stack([wave, wave * 0.5], 1), rate, subtype=subtype)
+    got = read_wave(str(tmp_path / "a.wav"))
+    want = torch.from_numpy(tone(0.5)).float() * 0.75
+    assert got.dtype == torch.float32 and got.shape == (8000,)
+    assert (got - want)[200:-200].abs().max() < 0.1 and torch.corrcoef(
+        torch.stack([got, want])[:, 200:-200])[0, 1] > 0.99
+
+
+def test_a_stretch_of_a_file(tmp_path, wav):
+    whole = read_wave(wav(1.0))
+    part = read_wave(wav(1.0), start=0.29, end=0.57)  # 0.57 * 16000 is 9119.999...
+    assert torch.equal(part, whole[4640:9120])
+    assert torch.equal(read_wave(wav(1.0), start=0.5, end=9.0), whole[8000:])
+
+
+def damaged(folder, kind):
+    path, wave = folder / "a.wav", tone(0.5)
+    if kind == "not numbers":
+        wave[100] = np.nan
+    if kind == "infinite":
+        wave[100] = np.inf
+    if kind == "no samples":
+        wave = wave[:0]
+    if kind == "too long":
+        wave = np.zeros(201 * 1000)
+    sf.write(path, wave, 1000 if kind == "too long" else 16000, subtype="FLOAT")
+    if kind == "corrupt":
+        path.write_bytes(b"RIFF" + bytes(range(256)) * 4)
+    if kind == "empty":
+        path.write_bytes(b"")
+    if kind == "text":
+        path.write_text("This is not audio.\n" * 20)
+    if kind == "missing":
+        path.unlink()
+    if kind == "a folder":
+        path.unlink(), path.mkdir()
+    if kind == "rate":
+        path.write_bytes(path.read_bytes()[:24] + (3).to_bytes(4, "little")
+                         + path.read_bytes()[28:])
+    return str(path)
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("not numbers", "not numbers"), ("infinite", "not numbers"), ("no samples", "no samples"),
+    ("too long", "201 s of audio, the limit is 200 s"), ("corrupt", "not a readable audio file"),
+    ("empty", "not a readable audio file"), ("text", "not a readable audio file"),
+    ("missing", "no such file"), ("a folder", "not a readable audio file"), ("rate", "3 Hz")])
+def test_damaged_audio_is_told_in_one_line(tmp_path, kind, words):
+    path = damaged(tmp_path, kind)
+    with pytest.raises(BadInput, match=words) as error:
+        read_wave(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_frames_are_known_from_the_header(tmp_path):
+    """Slots are counted from the header, filled from the samples: they must never differ."""
+    rng = random.Random(0)
+    for rate, odd in itertools.product((8000, 16000, 22050, 24000, 44100, 48000), (0, 1, -1)):
+        path = str(tmp_path / f"{rate}{odd}.wav")
+        sf.write(path, tone(1, rate)[:rate * 57 // 100 + odd], rate)
+        start = rng.randint(0, 20) / 100
+        for end in (None, 0.41, 0.3 + rng.random() / 4, 7.0):
+            assert data.frames_of(path, start, end) == len(data.features(path, 80, start, end))
+
+
+def test_a_hundredth_of_a_second_is_too_short(wav):
+    assert data.features(wav(0.05), 80).shape == (5, 80)
+    with pytest.raises(BadInput, match="too short"):
+        data.features(wav(0.012), 80)
+
+
+def test_written_waves_are_16_bit_and_whole(tmp_path):
+    wave = torch.tensor([0.0, 0.5, -0.5, 2.0, -2.0])
+    data.write_wave(str(tmp_path / "a.wav"), wave, 24000)
+    got, rate = sf.read(tmp_path / "a.wav", dtype="int16")
+    assert rate == 24000 and sf.info(tmp_path / "a.wav").subtype == "PCM_16"
+    assert np.abs(got - np.array([0, 16384, -16384, 32767, -32768])).max() <= 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a.wav"]
+    with pytest.raises(BadInput, match="cannot be written"):
+        data.write_wave(str(tmp_path / "no" / "a.wav"), wave, 24000)
+
+
+def test_spec_augment_masks_little_and_copies_the_past():
+    mel = torch.arange(1.0, 301)[:, None].repeat(1, 80)
+    for seed in range(20):
+        got = data.spec_augment(mel, random.Random(seed))
+        assert torch.equal(got, data.spec_augment(mel, random.Random(seed)))
+        rows = (got == 0).all(1).sum()
+        assert rows <= 100 + 60 and (got == 0).all(0).sum() <= 20
+        assert (got <= mel).all()  # what is not masked is as it was, or from earlier
+    assert mel.min() == 1 and data.spec_augment(mel[:3], random.Random(0)).shape == (3, 80)
+
+
+# ---- lists and batches -------------------------------------------------------------------------
+
+def test_records(tmp_path):
+    path = write_list(tmp_path / "l.jsonl", [
+        {"txt": "a", "task": "<TEXT2TEXT>", "extra": None},
+        {"txt": "b", "task": "<S2TCHAT>", "wav": "w/1.wav", "extra": {
+            "reply_wav": "/abs/r.wav", "history": [{"wav": "w/0.wav", "txt": "c"}]}}])
+    with open(path, "a") as f:
+        f.write("\n")
+    first, second = data.records(path)
+    assert first["extra"] == {} and second["wav"] == str(tmp_path / "w/1.wav")
+    assert second["extra"]["reply_wav"] == "/abs/r.wav"
+    assert second["extra"]["history"][0]["wav"] == str(tmp_path / "w/0.wav")
+
+
+@pytest.mark.parametrize("line", ["{", '{"txt": "no task"}', "[1]", "3", "null", '"task txt"'])
+def test_a_bad_line_is_named_by_its_number(tmp_path, line):
+    path = write_list(tmp_path / "l.jsonl", [{"txt": "", "task": ""}] * 2)
+    with open(path, "a") as f:
+        f.write(line + "\n")
+    with pytest.raises(BadInput, match=r"l\.jsonl:3: not a JSON record"):
+        list(data.records(path))
+
+
+def test_unreadable_lists(tmp_path):
+    (tmp_path / "l.jsonl").write_bytes(b'{"txt": "\xff"}')
+    for path, words in ((tmp_path / "l.jsonl", "not UTF-8"), (tmp_path / "no", "No such file")):
+        with pytest.raises(BadInput, match=words):
+            list(data.records(str(path)))
+
+
+def sample(length, name=None):
+    return SimpleNamespace(length=length, name=name)
+
+
+def test_batches_keep_to_the_budget():
+    rng = random.Random(0)
+    samples = [sample(rng.randint(1, 60), i) for i in range(300)] + [sample(500, 300)]
+    batches = cut_batches(samples, 200)
+    assert sorted(s.name for b in batches for s in b) == list(range(301))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(s.length for s in batch) <= 200
+    used = sum(s.length for s in samples) / sum(
+        len(b) * max(s.length for s in b) for b in batches)
+    assert used > 0.92  # pads are under 8 % of what is computed
+    assert cut_batches([], 200) == []
+
+
+def make(record, epoch, rng):
+    n = record["n"]
+    return "a seven" if n % 10 == 7 else sample(2 + n % 5, f"{record['txt']}{n} {epoch}")
+
+
+def source(folder, name, n=23, weight=1.0, window=10):
+    path = write_list(folder / name, [{"txt": name, "task": "", "n": i} for i in range(n)])
+    return Source(path, weight, make, 12, 5, window)
+
+
+def collate(batch, seed):
+    return tuple(s.name for s in batch), seed
+
+
+def take(mixture, n):
+    return list(itertools.islice(mixture, n))
+
+
+def test_an_epoch_has_every_record_once_and_counts_the_rest(tmp_path):
+    one = source(tmp_path, "a")
+    names = []
+    for batch in one.batches():
+        if one.state["epoch"] == 3:
+            break
+        names += [s.name for s in batch]
+    want = [f"a{i} {epoch}" for epoch in range(3) for i in range(23) if i % 10 != 7]
+    assert sorted(names) == sorted(want) and names != want
+    assert one.rejected["a seven"] >= 6  # records 7 and 17, three times
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_one_others(tmp_path):
+    def run(seed):
+        return take(Mixture([source(tmp_path, "a"), source(tmp_path, "b", 7)], collate, seed), 40)
+    assert run(1) == run(1) != run(2)
+
+
+def test_a_mixture_goes_on_from_any_state(tmp_path):
+    def fresh(state=None):
+        return Mixture([source(tmp_path, "a"), source(tmp_path, "b", 7, 2.0)], collate, 3,
+                       state=state)
+    whole = take(fresh(), 60)
+    for at in (0, 1, 7, 20, 44):
+        state = json.loads(json.dumps(whole[at][1]))
+        assert take(fresh(state), 60 - at - 1) == whole[at + 1:]
+
+
+def test_ranks_share_the_batches_of_one_source(tmp_path):
+    def run(rank, world, n, state=None):
+        sources = [source(tmp_path, "a"), source(tmp_path, "b")]
+        return take(Mixture(sources, collate, 3, rank, world, state), n)
+    ranks = [run(rank, 3, 40) for rank in range(3)]
+    for row in zip(*ranks):
+        assert len({batch[0][0][0] for (batch, _) in row}) == 1  # the same list at the same time
+        assert row[0][1] == row[1][1] == row[2][1]  # the state does not depend on the rank
+    names = Counter(name for rank in ranks for (batch, _), _ in rank for name in batch)
+    assert max(names.values()) == 1  # nothing twice, in any epoch
+    # Going on with another number of ranks repeats nothing and leaves nothing out.
+    state = ranks[0][4][1]
+    seen = {n for rank in ranks for (batch, _), _ in rank[:5] for n in batch}
+    later = [n for (batch, _), _ in run(0, 1, 30, state) for n in batch]
+    assert not seen & set(later) and len(later) == len(set(later))
+
+
+def test_mixing_keeps_its_weights_when_an_epoch_ends(tmp_path):
+    mixture = Mixture([source(tmp_path, "a", 40, 3.0), source(tmp_path, "b", 5, 1.0)], collate, 0)
+    lists = [batch[0][0] for (batch, _), _ in take(mixture, 800)]
+    for part in (lists[:400], lists[400:]):  # b ends after 2 batches, a after 10: many times
+        assert 0.19 < part.count("b") / 400 < 0.31
+
+
+def test_workers_do_not_change_the_order(tmp_path):
+    def run(workers):
+        mixture = Mixture([source(tmp_path, "a"), source(tmp_path, "b")], collate, 3)
+        loader = torch.utils.data.DataLoader(mixture, None, num_workers=workers)
+        return list(itertools.islice(loader, 25))
+    assert run(0) == run(2)
+
+
+def test_a_list_of_nothing_is_an_error(tmp_path):
+    for n in (0, 1):
+        path = write_list(tmp_path / "l", [{"txt": "a", "task": "", "n": 7}] * n)
+        with pytest.raises(BadInput, match="no usable record"):
+            next(Source(path, 1, make, 12, 0).batches())
+
+
+def test_an_unreadable_file_is_a_reject(tmp_path):
+    def picky(record, epoch, rng):
+        if record["n"] < 3:
+            data.seconds_of(str(tmp_path / "none.wav"))
+        return sample(3, record["n"])
+    one = source(tmp_path, "a", 6)
+    one.make = picky
+    assert sorted(s.name for s in next(one.batches())) == [3, 4, 5]
+    assert one.rejected == {"unreadable audio": 3}
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, words)])
+    data.main()
+
+
+def test_tokens(tmp_path, wav, checkpoint, monkeypatch):
+    rows = [{"txt": "hello", "task": "<TEXT2TOKEN>", "wav": wav(0.3)},
+            {"txt": "hello", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(0.5),
+             "extra": {"reply_wav": wav(0.41, 150, 24000), "age": "<OLD>"}},
+            {"txt": "hello", "task": "<TRANSCRIBE>", "wav": wav(0.5)},
+            {"txt": "hello", "task": "<TEXT2TOKEN>", "wav": wav(0.5),
+             "extra": {"speech_token": [1]}},
+            {"txt": "hello", "task": "<TEXT2TEXT>", "extra": {"question": "hi"}}]
+    path = write_list(tmp_path / "l.jsonl", rows)
+    command(monkeypatch, "tokens", path, "--model", checkpoint)
+    got, s3 = [json.loads(line) for line in open(path)], load_s3(str(checkpoint))
+    for row, spoken in ((0, wav(0.3)), (1, wav(0.41, 150, 24000))):
+        mel = data.features(spoken, 80)
+        codes = got[row]["extra"].pop("speech_token")
+        assert codes == s3.encode(mel[None], torch.tensor([len(mel)]))[0][0].tolist()
+        assert len(codes) == -(-len(mel) // 4)
+    assert got == [rows[0] | {"extra": {}}] + rows[1:]  # and nothing else has changed
+    assert [p.name for p in tmp_path.iterdir()] == ["l.jsonl"]
+
+
+def test_voice(tmp_path, wav, checkpoint, monkeypatch):
+    import model
+    cfg = model.load_config(str(checkpoint))
+    out = tmp_path / "v.safetensors"
+    command(monkeypatch, "voice", wav(0.5, rate=24000), wav(0.3), "--model", checkpoint,
+            "--out", out)
+    voice = read_weights(str(out))
+    assert voice["prompt_codes"].shape == (1, 12) and voice["prompt_mel"].shape == (1, 48, 80)
+    assert voice["spk"].shape == (1, cfg.flow.spk_dim) and voice["spk"].isfinite().all()
+    wave, _ = (speaker := model.load_token2wav(str(checkpoint), str(out))).stream(
+        [1, 2, 3], speaker.start(), final=True)
+    assert wave.shape == (3 * 960,)
+
+
+def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("Hello there.\nHow are you?\n")
+    command(monkeypatch, "tokenizer", "--text", tmp_path / "t.txt", "--vocab", 600, "--out",
+            tmp_path)
+    tok = Tokenizer(str(tmp_path))
+    assert tok.n_vocab <= 600 and b"&&" in map(tok.bytes_of, tok.unknown)
+    assert len(tok.encode("<think end>")) < 6
+
+
+def test_check(tmp_path, wav, monkeypatch, capsys):
+    path = write_list(tmp_path / "l.jsonl", [
+        {"txt": "a", "task": "<TRANSCRIBE>", "wav": wav(0.5), "extra": {"age": "<OLD>"}},
+        {"txt": " ", "task": "<TRANSCRIBE>", "wav": "none.wav"},
+        {"txt": "a", "task": "<TRANSCRIBE>"}, {"txt": "a", "task": "<TEXT2TEXT>"}])
+    command(monkeypatch, "check", path)
+    found = json.loads(capsys.readouterr().out.removeprefix(path))
+    assert found["records"] == 4 and found["tasks"] == {"<TRANSCRIBE>": 3, "<TEXT2TEXT>": 1}
+    assert found["problems"] == {"no text": 1, "unreadable wav": 1, "no wav": 1}
+    assert found["labels"] == {"age <OLD>": 1}
+
+
+def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, capsys):
+    path = write_list(tmp_path / "l.jsonl", [{"txt": "a", "task": "<TEXT2TOKEN>", "wav": "no.wav"}])
+    broken = copy_of(checkpoint, tmp_path / "c")
+    (broken / "tokenizer_s3.safetensors").write_bytes(b"")
+    for words in (["tokens", path, "--model", checkpoint], ["tokens", path, "--model", broken],
+                  ["tokens", tmp_path / "none", "--model", checkpoint], ["check", tmp_path / "no"],
+                  ["voice", tmp_path / "no.wav", "--model", checkpoint, "--out", tmp_path / "v"],
+                  ["tokenizer", "--text", tmp_path / "no", "--out", tmp_path]):
+        with pytest.raises(SystemExit) as end:
+            command(monkeypatch, *words)
+        assert end.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1, words
