@@ -190,7 +190,6 @@ class Codebook(nn.Module):
         self.register_buffer("fitted", torch.tensor(False))  # fit() was called, or codes loaded
         self.register_buffer("embed", torch.zeros(size, dim))
         self.register_buffer("counts", torch.ones(size))  # moving average of uses a batch
-        self.register_buffer("sums", torch.zeros(size, dim))  # ... and of the sum of those features
 
     def nearest(self, x: Tensor) -> Tensor:
         """x (N, D) -> index (N,) of the nearest code. |x - e|^2 has the same order as
@@ -201,7 +200,7 @@ class Codebook(nn.Module):
     def totals(self, x: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Uses (K,) of each code and the sum (K, D) of its features, over all ranks."""
         counts = torch.zeros_like(self.counts).index_add_(0, codes, torch.ones_like(x[:, 0]))
-        sums = torch.zeros_like(self.sums).index_add_(0, codes, x)
+        sums = torch.zeros_like(self.embed).index_add_(0, codes, x)
         if dist.is_initialized():
             dist.all_reduce(counts), dist.all_reduce(sums)
         return counts, sums
@@ -211,16 +210,15 @@ class Codebook(nn.Module):
         fresh = x[torch.randint(len(x), (len(rows),), device=x.device)]
         if dist.is_initialized():
             dist.broadcast(fresh, 0)
-        mean = self.counts.mean()
-        self.embed[rows], self.sums[rows], self.counts[rows] = fresh[rows], fresh[rows] * mean, mean
+        self.embed[rows], self.counts[rows] = fresh[rows], self.counts.mean()
 
     @torch.no_grad()
     def update(self, x: Tensor, codes: Tensor) -> None:
         """One training step; codes that fell under 5 % of the average use are dead: revived."""
         counts, sums = self.totals(x, codes)
+        sums = (self.embed * self.counts[:, None]).lerp(sums, 1 - self.decay)
         self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        self.embed.copy_(self.sums / self.counts[:, None])
+        self.embed.copy_(sums / self.counts[:, None])
         self.reset(self.counts < 0.05 * self.counts.mean(), x)
 
     @torch.no_grad()
@@ -232,8 +230,7 @@ class Codebook(nn.Module):
         self.reset(torch.ones_like(self.counts, dtype=torch.bool), x)
         for _ in range(rounds):
             counts, sums = self.totals(x, self.nearest(x))
-            scale = counts.mean()  # so that counts average 1, as if after one small batch
-            self.counts.copy_(counts / scale), self.sums.copy_(sums / scale)
+            self.counts.copy_(counts / counts.mean())  # 1 on average, as after one small batch
             self.embed.copy_(sums / counts[:, None])  # 0 / 0 where empty: drawn anew
             self.reset(counts == 0, x)
 
@@ -393,6 +390,6 @@ def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
     with torch.device("meta"):
         own = SpeechTokenizer(TokenizerConfig(**sizes(found), codes=len(embed))).state_dict()
-    averages = {"codebook.counts": torch.ones(len(embed)), "codebook.sums": embed.clone(),
-                "codebook.fitted": torch.tensor(True)}  # the state of training: not released
+    averages = {"codebook.counts": torch.ones(len(embed)),  # the state of training: not released
+                "codebook.fitted": torch.tensor(True)}
     return checked(found, {k: v for k, v in own.items() if k not in averages}) | averages

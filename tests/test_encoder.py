@@ -154,7 +154,6 @@ def test_dead_codes_come_back_and_live_ones_follow():
     book = Codebook(4, 2, decay=0.5)
     east, north = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     book.embed.copy_(torch.stack([east, north, -east, -north]))
-    book.sums.copy_(book.embed)
     x = F.normalize(torch.stack([east, north]).repeat(20, 1) + 0.03 * torch.randn(40, 2), dim=-1)
     for _ in range(8):
         book.update(x, book.nearest(x))
