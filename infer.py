@@ -237,7 +237,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--model", default=os.path.join(HERE, "assets", "mini"), help="checkpoint folder")
     p.add_argument("--task", default="s2s", choices=("s2s", "s2t", "t2t", "tts", "understand"))
     p.add_argument("--text", default="", help="the question (t2t) or the words to speak (tts)")
-    p.add_argument("--labels", default="asr,emotion,gender,age,event", help="for understand")
+    p.add_argument("--labels", default="asr,age,gender,emotion,event", help="for understand")
     p.add_argument("--think", default="label", choices=("label", "natural", "off"))
     p.add_argument("--interleave", action="store_true", help="6 text : 18 speech tokens")
     p.add_argument("--stream", action="store_true", help="write chunks while the model speaks")
@@ -252,10 +252,11 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--top-p", type=float)
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
-    args.labels = [w.strip() for w in args.labels.split(",")]
-    for w in args.labels:
-        if w not in echat.TAGS.values():
-            p.error(f"--labels: {w!r} is not among {', '.join(sorted(set(echat.TAGS.values())))}")
+    labels = [w.strip() for w in args.labels.split(",")]
+    for w in labels:
+        if w not in echat.ASKED:
+            p.error(f"--labels: {w!r} is not among {', '.join(echat.ASKED)}")
+    args.labels = [w for w in echat.ASKED if w in labels]
     if args.task in ("t2t", "tts") and (not args.text.strip() or args.wavs):
         p.error(f"--task {args.task} takes --text and no wav")
     if args.task in ("t2t", "tts") and args.interactive:

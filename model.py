@@ -101,12 +101,13 @@ def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
 # What an understanding task may be asked for, its list tags, and how it is asked.
 TAGS = {"<TRANSCRIBE>": "asr", "<EMOTION>": "emotion", "<GENDER>": "gender", "<AGE>": "age",
         "<EVENT>": "event", "<CAPTION>": "event"}
+ASKED = ("asr", "age", "gender", "emotion", "event")  # the order of question and answer
 NATURAL = "Think in your own words."  # asks a think-mode model of ours for the natural think
 
 
 def user_prompt(wanted: list[str]) -> str:
-    """The user prompt of an understanding task, from names among TAGS' values."""
-    labels = [w for w in wanted if w != "asr"]
+    """The user prompt of an understanding task, from names among ASKED, in its order."""
+    labels = [w for w in ASKED[1:] if w in wanted]
     if "asr" not in wanted:
         return f"Tell the {', '.join(labels)}."
     return "Transcribe the speech" + (f", then tell the {', '.join(labels)}." if labels else ".")
