@@ -7,7 +7,8 @@
     python train.py --stage empathy --data LIST --init runs/s2s --show 3    # look at samples
 
 Read it top to bottom: the table of stages, then the method (think, unknown labels, interleave,
-label building, the loss of eq. 1-4), then what is trained beside the LLM (S3, flow, vocoder), then the loop.
+label building, the loss of eq. 1-4), then what is trained beside the LLM (S3, flow, vocoder), then
+the loop.
 
 Tensor legend: B batch, L tokens, T mel frames, N samples, V text vocabulary.
 """
@@ -36,8 +37,8 @@ from vocoder import Discriminator, discriminator_loss, feature_loss, generator_l
     mel_spectrogram
 
 # ---------------------------------------------------------------------------------------------
-# The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in 6:18
-# form in the first epoch and later ones; `think` = share of dialogues that think first; `s2t` =
+# The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
+# 6:18 form in the first epoch and later ones; `think` = share of dialogues that think first; `s2t` =
 # share of spoken dialogues that answer in text only. The data of earlier steps stay in: name
 # every list with its weight, e.g. --data asr.jsonl:1 --data asrp.jsonl:1.
 
@@ -527,9 +528,9 @@ class Trainer:
                         if k in b and (k != "mel" or "ids" not in b))
             if self.step % args.log_every == 0:
                 line = {"step": self.step, "lr": self.lr, "rate": seen / (time.time() - window),
-                        "wait": waited / (time.time() - window), "minutes": (time.time() - begun) / 60}
-                line |= {k: float(v) / max(1, float(n)) for k, (v, n) in sums.items() if n > 0}
-                self.log(line)
+                        "wait": waited / (time.time() - window),
+                        "minutes": (time.time() - begun) / 60}
+                self.log(line | self.means(sums))
                 window, waited, seen, sums = time.time(), 0.0, 0, {}
             if args.valid and self.step % args.valid_every == 0:
                 self.log({"step": self.step} | self.validate())
@@ -583,7 +584,14 @@ class Trainer:
                 old = sums.get(name, (0, 0))
                 sums[name] = (old[0] + value, old[1] + count)
         module.train()
-        return {f"valid_{k}": float(v) / max(1, float(n)) for k, (v, n) in sums.items() if n > 0}
+        return {f"valid_{k}": v for k, v in self.means(sums).items()}
+
+    def means(self, sums: dict) -> dict[str, float]:
+        """name -> (sum, count) of this rank to name -> mean over all ranks."""
+        pairs = [torch.tensor([float(v), float(n)], device=self.device) for v, n in sums.values()]
+        if self.world > 1 and pairs:
+            all_reduce(pairs)
+        return {k: float(v / n) for k, (v, n) in zip(sums, pairs) if n > 0}
 
     def log(self, line: dict) -> None:
         if self.rank:

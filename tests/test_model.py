@@ -22,7 +22,7 @@ GREEDY = {"text": Sampling(), "speech": Sampling()}
 
 @pytest.fixture
 def model():
-    return lively(EChat(tiny_config())).requires_grad_(False)
+    return lively(EChat(tiny_config()), 0.3).requires_grad_(False)
 
 
 def mel(frames: int, seed: int = 0):

@@ -1,0 +1,569 @@
+"""The method (sequences, label masks, losses) and the loop (stages, resume, ranks, bad steps)."""
+
+import json
+import math
+import multiprocessing
+import os
+import random
+import socket
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import CODES, copy_of, some_codes, tiny_config, write_list
+
+import train
+from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, think_length,
+                   user_prompt)
+from train import PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, sequence
+
+V = 303
+SPEECH = V + CODES  # opens and closes speech
+CFG = tiny_config()
+
+
+def speech_of(codes):
+    return [SPEECH, *(V + c for c in codes), SPEECH]
+
+
+# ---- interleave --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("text, speech, want", [
+    (13, 60, "6 18 6 18 1 24"), (7, 60, "6 18 1 42"), (6, 60, "6 60"), (12, 36, "6 18 6 18"),
+    (1, 3, "1 3")])
+def test_interleave_has_the_tails_of_the_released_code(text, speech, want):
+    words, codes = list(range(text)), list(range(100, 100 + speech))
+    blocks = interleave(words, codes)
+    assert [part for part, _ in blocks] == ["text", "speech"] * (len(blocks) // 2)
+    assert " ".join(str(len(ids)) for _, ids in blocks) == want
+    for part, ids in (("text", words), ("speech", codes)):
+        assert [i for p, block in blocks if p == part for i in block] == ids
+
+
+# ---- sequences: ids, targets, parts and attention of every task --------------------------------
+
+def made(record, tok, stage=Stage(()), epoch=0, seed=0) -> Sample:
+    out = sequence({"txt": "", "extra": {}} | record, epoch, random.Random(seed), stage, tok, CFG)
+    assert not isinstance(out, str), out
+    return out
+
+
+def check(got: Sample, *blocks, unknown=frozenset()):
+    """blocks: (ids, part) in order, part None where there is no loss."""
+    ids = [i for block, _ in blocks for i in block]
+    parts = [part for block, part in blocks for _ in block]
+    assert got.ids == [0 if part and i in unknown else i for i, part in zip(ids, parts)]
+    assert got.targets == [i if part and i not in unknown else -100 for i, part in zip(ids, parts)]
+    assert got.part == [PARTS.index(part) if part else -1 for part in parts]
+    assert got.attend == [not (part and i in unknown) for i, part in zip(ids, parts)]
+    assert got.length == len(ids)
+
+
+def counts(got: Sample) -> Counter:
+    """How many targets each part has."""
+    return Counter(PARTS[p] for t, p in zip(got.targets, got.part) if t != -100)
+
+
+def test_understanding(tok, wav):
+    record = {"task": "<TRANSCRIBE> <EMOTION> <AGE>", "wav": wav(1.0), "txt": "the user<SAD><OLD>"}
+    words, labels = tok.encode("the user"), tok.encode("<SAD><OLD>")
+    assert tok.encode(record["txt"]) == words + labels
+    head = prompt("understand", tok, CFG.decoder, 13, user_prompt(["asr", "emotion", "age"]))
+    got = made(record, tok)
+    check(got, (head, None), (words, "asr"), ([*labels, tok.im_end], "p"))
+    assert counts(got) == {"asr": 2, "p": len(labels) + 1} and got.ids.count(AUDIO) == 13
+    assert got.audio == [(wav(1.0), 0.0, None)]
+    part = made(record | {"start": 0.1, "end": 0.5}, tok)  # 40 frames
+    assert part.ids.count(AUDIO) == 5 and part.audio == [(wav(1.0), 0.1, 0.5)]
+
+    head = prompt("understand", tok, CFG.decoder, 13, user_prompt(["asr"]))
+    check(made(record | {"task": "<TRANSCRIBE>", "txt": "the user"}, tok),
+          (head, None), ([*words, tok.im_end], "asr"))
+    head = prompt("understand", tok, CFG.decoder, 13, user_prompt(["event"]))
+    check(made(record | {"task": "<CAPTION>", "txt": "<SAD>"}, tok),
+          (head, None), ([*tok.encode("<SAD>"), tok.im_end], "p"))
+
+
+def test_unknown_at_the_end_of_understanding_has_no_end_either(tok, wav):
+    record = {"task": "<TRANSCRIBE> <EMOTION>", "wav": wav(1.0), "txt": "the user" + UNKNOWN}
+    head = prompt("understand", tok, CFG.decoder, 13, user_prompt(["asr", "emotion"]))
+    got = made(record, tok)
+    words, mark = tok.encode("the user"), tok.encode(UNKNOWN)
+    assert tok.encode(record["txt"]) == words + mark and len(mark) == 3  # < && >
+    assert got.ids == head + words + [mark[0], 0, mark[2]] and tok.im_end not in got.targets
+    assert got.targets[len(head):] == words + [mark[0], -100, mark[2]]
+    assert got.attend == [True] * len(head + words) + [True, False, True]
+
+
+def test_text_to_text(tok):
+    record = {"task": "<TEXT2TEXT>", "txt": "the user\nsaid", "extra": {"question": "hello"}}
+    check(made(record, tok), (prompt("t2t", tok, CFG.decoder, text="hello"), None),
+          ([*tok.encode("the user said"), tok.im_end], "text"))
+
+
+def test_speech_synthesis(tok):
+    codes = some_codes(58)
+    record = {"task": "<TEXT2TOKEN>", "txt": "hello", "extra": {"speech_token": codes}}
+    head = prompt("tts", tok, CFG.decoder, text="hello")
+    got = made(record, tok)
+    check(got, (head, None), (speech_of(codes)[1:], "speech"))
+    assert head[-1] == SPEECH and counts(got) == {"speech": 59}  # the open one is given
+
+    record |= {"task": "<TEXT2TOKEN> <STREAMING>", "txt": "0123456789ab"}  # 13 with the end
+    text, speech = [*tok.encode(record["txt"]), tok.im_end], speech_of(codes)  # 13 and 60
+    assert len(text) == 13
+    head = prompt("tts_stream", tok, CFG.decoder, text=record["txt"])
+    got = made(record, tok)
+    check(got, (head, None), (text[:6], "text"), (speech[:18], "speech"), (text[6:12], "text"),
+          (speech[18:36], "speech"), (text[12:], "text"), (speech[36:], "speech"))
+    assert counts(got) == {"text": 13, "speech": 60}
+    short = record | {"extra": {"speech_token": codes[:36]}}  # 38 < 3 x 13: text would lag behind
+    check(made(short, tok), (prompt("tts", tok, CFG.decoder, text=record["txt"]), None),
+          (speech_of(codes[:36])[1:], "speech"))
+
+
+def dialogue(wav, task="<S2TCHAT> <TEXT2TOKEN>", n=40, **extra):
+    labels = {"age": "<OLD>", "gender": "<MALE>", "q_emotion": "<SAD>", "caption": "<COUGH>",
+              "emotion": "<SORRY>"}
+    return {"task": task, "wav": wav(1.0), "txt": "<SORRY>hello", "extra": {
+        "speech_token": some_codes(n), "q_txt": "how are you", **labels, **extra}}
+
+
+def test_spoken_dialogue(tok, wav):
+    record = dialogue(wav)
+    head = prompt("s2s", tok, CFG.decoder, 13)
+    text, speech = [*tok.encode("<SORRY>hello"), tok.im_end], speech_of(some_codes(40))
+    got = made(record, tok)
+    check(got, (head, None), (text, "text"), (speech, "speech"))
+    assert counts(got) == {"text": len(text), "speech": 42}
+    for task in (record["task"].replace(" <TEXT2TOKEN>", ""), record["task"]):
+        got = made(record | {"task": task}, tok, Stage((), s2t=1.0))  # a reply in text alone
+        check(got, (prompt("s2t", tok, CFG.decoder, 13), None), (text, "text"))
+
+
+def test_dialogue_with_a_label_think(tok, wav):
+    known = dict(age="<OLD>", gender="<MALE>", emotion="<SAD>", event="<COUGH>",
+                 reply_emotion="<SORRY>")
+    think = label_think("en", "how are you", known)
+    ids = [*tok.encode(think + "<SORRY>hello"), tok.im_end]
+    n, speech = think_length(ids, tok), speech_of(some_codes(40))
+    assert b"><" in tok.bytes_of(ids[n - 1])  # merged: the reply's `<` belongs to the think
+    got = made(dialogue(wav), tok, Stage((), think=1.0))
+    check(got, (prompt("s2s_think", tok, CFG.decoder, 13), None), (ids[:n], "think"),
+          (ids[n:], "text"), (speech, "speech"))
+    assert counts(got) == {"think": n, "text": len(ids) - n, "speech": 42}
+    got = made(dialogue(wav, "<S2TCHAT>"), tok, Stage((), think=1.0))
+    check(got, (prompt("s2t_think", tok, CFG.decoder, 13), None), (ids[:n], "think"),
+          (ids[n:], "text"))
+
+
+@pytest.mark.parametrize("missing", [["age"], ["gender", "q_emotion", "caption"],
+                                     ["age", "gender", "q_emotion", "caption", "emotion"]])
+def test_unknown_labels_teach_nothing(tok, wav, missing):
+    record = dialogue(wav)
+    for i, name in enumerate(missing):  # absent, null or the placeholder
+        record["extra"][name] = (None, UNKNOWN)[i % 2]
+        if i == 0:
+            del record["extra"][name]
+    names = {"q_emotion": "emotion", "caption": "event", "emotion": "reply_emotion"}
+    known = dict(age="<OLD>", gender="<MALE>", emotion="<SAD>", event="<COUGH>",
+                 reply_emotion="<SORRY>")
+    for name in missing:
+        del known[names.get(name, name)]
+    ids = [*tok.encode(label_think("en", "how are you", known) + "<SORRY>hello"), tok.im_end]
+    n = think_length(ids, tok)
+    got = made(record, tok, Stage((), think=1.0))
+    check(got, (prompt("s2s_think", tok, CFG.decoder, 13), None), (ids[:n], "think"),
+          (ids[n:], "text"), (speech_of(some_codes(40)), "speech"), unknown=tok.unknown)
+    assert got.attend.count(False) == len(missing) == sum(i in tok.unknown for i in ids)
+    assert counts(got)["think"] == n - len(missing)  # all around them is trained
+
+
+def test_dialogue_with_a_natural_think(tok, wav):
+    record = dialogue(wav, think_str="The user is old.")
+    seeds = {}
+    head = prompt("s2s_think", tok, CFG.decoder, 13, NATURAL)
+    for seed in range(40):
+        got = made(record, tok, Stage((), think=1.0), seed=seed)
+        seeds.setdefault(got.ids[:len(head)] == head, []).append(seed)
+    assert 4 <= len(seeds[True]) <= 18  # a quarter of them
+    ids = [*tok.encode("<think>The user is old.<think end>hello"), tok.im_end]
+    n = think_length(ids, tok)
+    check(made(record, tok, Stage((), think=1.0), seed=seeds[True][0]),
+          (head, None), (ids[:n], "think"),
+          (ids[n:], "text"), (speech_of(some_codes(40)), "speech"))
+
+
+def test_streaming_dialogue(tok, wav):
+    record = dialogue(wav, "<S2TCHAT> <TEXT2TOKEN> <STREAMING>", 58) | {"txt": "012345"}
+    text, speech = [*tok.encode("012345"), tok.im_end], speech_of(some_codes(58))  # 7 and 60
+    blocks = [(text[:6], "text"), (speech[:18], "speech"), (text[6:], "text"),
+              (speech[18:], "speech")]
+    check(made(record, tok), (prompt("s2s_stream", tok, CFG.decoder, 13), None), *blocks)
+    got = made(record | {"txt": "01234"}, tok)
+    check(got, (prompt("s2s_stream", tok, CFG.decoder, 13), None),
+          ([*text[:5], tok.im_end], "text"), (speech, "speech"))
+    record["task"] = "<S2TCHAT> <TEXT2TOKEN>"  # as the stage wants it: not in the first epoch
+    stage = Stage((), interleave=(0.0, 1.0))
+    assert made(record, tok, stage).ids[:40] == prompt("s2s", tok, CFG.decoder, 13)[:40]
+    check(made(record, tok, stage, epoch=3),
+          (prompt("s2s_stream", tok, CFG.decoder, 13), None), *blocks)
+
+
+def test_streaming_think_comes_whole(tok, wav):
+    record = dialogue(wav, n=70) | {"txt": "012345"}
+    del record["extra"]["age"]
+    known = dict(gender="<MALE>", emotion="<SAD>", event="<COUGH>", reply_emotion="<SORRY>")
+    ids = [*tok.encode(label_think("en", "how are you", known) + "012345"), tok.im_end]
+    n, speech = think_length(ids, tok), speech_of(some_codes(70))
+    got = made(record, tok, Stage((), interleave=(1.0, 1.0), think=1.0))
+    check(got, (prompt("s2s_stream_think", tok, CFG.decoder, 13), None), (ids[:n], "think"),
+          (ids[n:n + 6], "text"), (speech[:18], "speech"), (ids[n + 6:], "text"),
+          (speech[18:], "speech"), unknown=tok.unknown)
+    assert n > 90 and got.attend.count(False) == 1  # the long think did not forbid it
+
+
+def test_history_is_read_but_not_trained(tok, wav):
+    past = [{"wav": wav(0.5), "txt": "hello", "speech_token": [1, 2]},
+            {"wav": wav(1.0), "start": 0.25, "end": 0.5, "txt": "the user"}]
+    record = dialogue(wav, history=past)
+    turns = [(7, "hello", [1, 2]), (4, "the user", [])]
+    head = prompt("s2s", tok, CFG.decoder, 13, history=turns)
+    got = made(record, tok)
+    check(got, (head, None), ([*tok.encode("<SORRY>hello"), tok.im_end], "text"),
+          (speech_of(some_codes(40)), "speech"))
+    assert got.ids.count(AUDIO) == 24 and got.audio == [
+        (wav(0.5), 0.0, None), (wav(1.0), 0.25, 0.5), (wav(1.0), 0.0, None)]
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"wav": None}, "no wav"), ({"wav": "none.wav"}, "no wav"), ({"end": 0.15}, "shorter than 0.2"),
+    ({"extra": {}}, "no speech_token"), ({"extra": {"speech_token": [CODES]}}, "out of range"),
+    ({"task": "<TEXT2TEXT>", "extra": {}}, "no question")])
+def test_rejects_have_a_reason(tok, wav, change, reason):
+    out = sequence(dialogue(wav) | change, 0, random.Random(0), Stage(()), tok, CFG)
+    assert reason in out
+
+
+# ---- batches and the loss ----------------------------------------------------------------------
+
+@pytest.fixture
+def run(monkeypatch, checkpoint, tmp_path):
+    """run(stage, lists, **flags) -> the trainer after train.py has done that, in this process."""
+    def go(stage, lists, out="out", init=checkpoint, steps=1, **flags):
+        kept = []
+
+        class Spy(train.Trainer):
+            def __init__(self, args):
+                super().__init__(args)
+                kept.append(self)
+        defaults = dict(lr=0.01, warmup=1, accum=1, workers=0, log_every=1, device="cpu")
+        words = ["train.py", "--stage", stage, "--out", str(tmp_path / out), "--steps", str(steps)]
+        words += [w for path in lists for w in ("--data", path)]
+        words += ["--init", str(init)] if init else []
+        for name, value in (defaults | flags).items():
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+        with monkeypatch.context() as m:
+            m.setattr(sys, "argv", words)
+            m.setattr(train, "Trainer", Spy)
+            m.setattr(train, "STAGES", dict(STAGES))
+            train.main()
+        return kept[0]
+    return go
+
+
+def log(trainer) -> list[dict]:
+    with open(os.path.join(trainer.args.out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.fixture
+def lists(tmp_path, wav):
+    """A tiny list for every kind of stage, and the lists each stage is trained on."""
+    asr = [{"txt": t, "task": "<TRANSCRIBE>", "wav": wav(s, p)}
+           for t, s, p in (("the user", 0.5, 200), ("hello", 0.4, 300))]
+    asrp = [r | {"txt": r["txt"] + "<SAD>", "task": "<TRANSCRIBE> <EMOTION>"} for r in asr]
+    p = [r | {"txt": "<SAD>", "task": "<EMOTION>"} for r in asr]
+    t2t = [{"txt": t, "task": "<TEXT2TEXT>", "extra": {"question": q}}
+           for t, q in (("hello", "the user"), ("how are you", "hello"))]
+    tts = [{"txt": t, "task": "<TEXT2TOKEN>", "wav": wav(1.0, p, 24000),
+            "extra": {"speech_token": some_codes(25, p)}}
+           for t, p in (("hello", 200), ("the user", 300))]
+    s2s = [dialogue(wav, n=n) for n in (20, 30)]
+    for record in s2s:
+        del record["extra"]["age"]
+    paths = {k: write_list(tmp_path / f"{k}.jsonl", v) for k, v in dict(
+        asr=asr, asrp=asrp, p=p, t2t=t2t, tts=tts, s2s=s2s).items()}
+    use = {"text": "t2t", "align": "asr", "understand": "asrp", "paralinguistic": "p",
+           "full-label": "asrp", "tts": "tts", "s2s": "s2s", "empathy": "s2s", "distill": "s2s",
+           "tokenizer": "tts", "flow": "tts", "vocoder": "tts"}
+    return paths | {stage: [paths[name]] for stage, name in use.items() if stage not in paths} | {
+        "tts list": [paths["tts"]], "s2s list": [paths["s2s"]]}
+
+
+def of(lists, stage):
+    return lists[stage + " list"] if isinstance(lists[stage], str) else lists[stage]
+
+
+def test_padded_batch(tok, wav, run, lists):
+    """Rows of different length: speech is opened by the end of the text, never by a pad; nothing
+    in the pads is a target; and the loss of the batch is that of its rows."""
+    trainee = run("s2s", of(lists, "s2s"), steps=0).trainee
+    trainee.module.eval()
+    samples = [made(dialogue(wav, n=n) | {"txt": t}, tok) for n, t in ((20, "hello"), (35, "hi"))]
+    samples.append(made(dialogue(wav, n=9, history=[
+        {"wav": wav(0.5), "txt": "hm", "speech_token": [3]}]), tok))
+    batch = trainee.collate(samples, "seed")
+    assert len(batch["mel"]) == 4 and batch["mel_lengths"].tolist() == [100, 100, 50, 100]
+    for row, s in enumerate(samples):
+        opens = [i for i, t in enumerate(batch["targets"][row].tolist()) if t == SPEECH]
+        assert len(opens) == 2 and batch["ids"][row, opens[0] - 1] == tok.im_end
+        assert opens[1] == s.length - 1
+        assert (batch["targets"][row, s.length:] == -100).all()
+        assert (batch["part"][row, s.length:] == -1).all()
+    assert "attend" not in batch and trainee.weight(batch) == sum(
+        sum(counts(s).values()) for s in samples)
+    with torch.no_grad():
+        loss, stats = trainee.loss("model", batch)
+        alone = [trainee.loss("model", trainee.collate([s], "seed"))[0] for s in samples]
+    weights = [sum(counts(s).values()) for s in samples]
+    want = sum(a * w for a, w in zip(alone, weights)) / sum(weights)
+    torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_list_may_mix_text_and_speech(tok, wav, run, lists):
+    trainee = run("s2s", of(lists, "s2s"), steps=0).trainee
+    trainee.module.eval()
+    text = made({"task": "<TEXT2TEXT>", "txt": "hello", "extra": {"question": "the user"}}, tok)
+    samples = [text, made(dialogue(wav), tok), text]
+    with torch.no_grad():
+        both, _ = trainee.loss("model", trainee.collate(samples, ""))
+        alone = [trainee.loss("model", trainee.collate([s], "")) for s in samples]
+    n = [float(sum(c for _, c in stats.values())) for _, stats in alone]
+    want = sum(float(a) * k for (a, _), k in zip(alone, n)) / sum(n)
+    assert abs(float(both) - want) < 1e-5
+
+
+def test_loss_parts_add_up(tok, wav, run, lists):
+    """Eq. 1-4: what the parts of the log add up to is the loss that is trained."""
+    trainee = run("empathy", of(lists, "s2s"), steps=0).trainee
+    understanding = {"task": "<TRANSCRIBE> <EMOTION>", "wav": wav(0.5), "txt": "the user<SAD>"}
+    record = dialogue(wav)
+    del record["extra"]["age"]
+    samples = [made(understanding, tok), made(record, tok, Stage((), think=1.0))]
+    batch = trainee.collate(samples, "")
+    assert not batch["attend"].all()
+    with torch.no_grad():
+        loss, stats = trainee.loss("model", batch)
+    assert all(float(count) > 0 for _, count in stats.values()) and list(stats) == list(PARTS)
+    total = sum(float(value) for value, _ in stats.values())
+    assert abs(total / trainee.weight(batch) - float(loss)) < 1e-5
+    want = counts(samples[0]) + counts(samples[1])
+    assert {k: int(n) for k, (_, n) in stats.items()} == want
+
+
+# ---- stages ------------------------------------------------------------------------------------
+
+TRAINED = {"text": "decoder", "align": "adapter", "understand": "adapter encoder",
+           "paralinguistic": "adapter encoder", "full-label": "adapter encoder", "tts": "decoder",
+           "s2s": "encoder adapter decoder", "empathy": "encoder adapter decoder",
+           "distill": "encoder adapter decoder"}
+FILES = {"tokenizer": "tokenizer_s3", "flow": "token2wav", "vocoder": "token2wav"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_overfits_and_trains_what_it_should(run, lists, checkpoint, stage):
+    """One batch again and again: the loss falls; what the paper freezes has not moved a bit."""
+    flags = {"vocoder": dict(mel_only=20), "tokenizer": dict(quantise_after=3, lr=0.003),
+             "flow": dict(lr=0.01)}
+    trainer = run(stage, of(lists, stage), steps=40, batch_tokens=10000,
+                  **dict(lr=0.05, warmup=20) | flags.get(stage, {}))
+    file = FILES.get(stage, "model") + ".safetensors"
+    was, now = (read_weights(os.path.join(f, file)) for f in (checkpoint, trainer.args.out))
+    trained = {"flow": ["flow"], "vocoder": ["vocoder"]}.get(stage, TRAINED.get(stage, "").split())
+    for name in now:
+        if stage == "tokenizer":
+            break  # starts afresh, not from the checkpoint's
+        moved = not torch.equal(was[name], now[name])
+        assert moved == (name.split(".")[0] in trained), name
+    lines = log(trainer)
+    parts = {"vocoder": ["mel"], "flow": ["flow"], "tokenizer": ["ctc"]}.get(stage, PARTS)
+
+    def loss(line):
+        return sum(v for k, v in line.items() if k in parts)
+    first, last = (sum(map(loss, lines[i:i + 5])) for i in (0, len(lines) - 5))
+    enough = 0.97 if "adapter" in trained and "decoder" not in trained else 0.9
+    assert last < first * enough, (first, last)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    for name in set(os.listdir(checkpoint)) - {file}:  # and the folder is a whole checkpoint
+        assert os.path.exists(os.path.join(trainer.args.out, name)), name
+
+
+def test_stage_one_may_train_the_decoder_of_a_small_model(run, lists):
+    assert STAGES["align"].trains == ("adapter",)
+    trainer = run("align", lists["align"], train_decoder=True, steps=0)
+    trained = {n.split(".")[0] for n, p in trainer.trainee.module.named_parameters()
+               if p.requires_grad}
+    assert trained == {"adapter", "decoder"} and STAGES["align"].trains == ("adapter",)
+
+
+def test_speech_rows_and_head_train_in_stage_two(run, lists, checkpoint):
+    now = read_weights(os.path.join(run("tts", of(lists, "tts"), steps=2).args.out,
+                                    "model.safetensors"))
+    was = read_weights(str(checkpoint / "model.safetensors"))
+    for name in ("speech_embed.weight", "speech_head.weight", "speech_head.bias"):
+        assert not torch.equal(now["decoder." + name], was["decoder." + name])
+
+
+# ---- the loop ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage, flags", [
+    ("text", {}), ("vocoder", {"mel_only": 3}), ("align", {"augment": True, "accum": 2}),
+    ("flow", {}), ("s2s", {}), ("tokenizer", {"quantise_after": 1})])
+def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
+    """Bit for bit, at a step in the middle of an epoch, with dropout and mixed lists."""
+    data = of(lists, stage) + ([lists["t2t"], lists["asr"]] if stage == "s2s" else [])
+    flags = flags | dict(batch_tokens=150 if stage in TRAINED else 100)
+    whole = run(stage, data, "whole", steps=7, **flags)
+    run(stage, data, "parts", steps=4, **flags)
+    parts = run(stage, data, "parts", steps=7, resume=True, **flags)
+    a, b = (torch.load(os.path.join(t.args.out, "state.pt"), weights_only=True)
+            for t in (whole, parts))
+    assert a["step"] == b["step"] == 7 and a["data"] == b["data"]
+    assert all(torch.equal(v, b["module"][k]) for k, v in a["module"].items())
+    file = FILES.get(stage, "model") + ".safetensors"
+    a, b = (open(os.path.join(t.args.out, file), "rb").read() for t in (whole, parts))
+    assert a == b
+
+    def losses(trainer):
+        return [{k: v for k, v in line.items() if k not in ("rate", "wait", "minutes")}
+                for line in log(trainer)]
+    assert losses(whole) == losses(parts)
+
+
+def test_a_worker_process_changes_nothing(run, lists):
+    a, b = (run("align", lists["align"], f"w{n}", steps=3, workers=n) for n in (0, 1))
+    assert torch.equal(*(torch.cat([p.flatten() for p in t.trainee.module.parameters()])
+                         for t in (a, b)))
+
+
+def as_rank(rank, port, words):
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.argv = words
+    train.main()
+
+
+def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint):
+    flags = dict(steps=3, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=1)
+    one = run("text", lists["text"], "one", accum=2, **flags | {"valid_batches": 2})
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    words = ["train.py", "--stage", "text", "--init", str(checkpoint), "--lr", "0.01", "--warmup",
+             "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
+             "--out", str(tmp_path / "two"), "--data", lists["text"][0]]
+    words += [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]
+    context = multiprocessing.get_context("fork")  # spawned ones would import torch anew
+    ranks = [context.Process(target=as_rank, args=(rank, port, words)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(10)
+    if any(process.is_alive() for process in ranks):
+        for process in ranks:
+            process.kill()
+        pytest.skip("two processes did not get ready in 10 s")
+    assert [process.exitcode for process in ranks] == [0, 0]
+    with open(tmp_path / "two" / "log.jsonl") as f:
+        two = [json.loads(line) for line in f]
+    assert len(two) == len(log(one)) == 4  # three steps and the held-out loss
+    for a, b in zip(log(one), two):
+        for name in a.keys() & {"text", "valid_text"}:
+            assert abs(a[name] - b[name]) < 1e-5
+    was, now = (read_weights(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
+    for name in was:
+        torch.testing.assert_close(was[name], now[name], atol=1e-5, rtol=0)
+
+
+def poison(monkeypatch, bad):
+    """The loss is NaN at the steps for which bad(step)."""
+    loss = Dialogue.loss
+
+    def poisoned(self, turn, batch):
+        value, stats = loss(self, turn, batch)
+        return value * (math.nan if bad(self.step) else 1.0), stats
+    monkeypatch.setattr(Dialogue, "loss", poisoned)
+
+
+def test_a_bad_step_is_skipped(run, lists, monkeypatch, checkpoint):
+    poison(monkeypatch, lambda step: step <= 3)
+    trainer = run("text", lists["text"], steps=3)
+    now, was = (read_weights(os.path.join(f, "model.safetensors"))
+                for f in (trainer.args.out, checkpoint))
+    assert trainer.bad == 3 and all(torch.equal(now[k], was[k]) for k in was)
+    assert all("text" not in line for line in log(trainer))
+    trainer = run("text", lists["text"], steps=4)
+    assert trainer.bad == 0
+    assert all(p.isfinite().all() for p in trainer.trainee.module.parameters())
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(run, lists, monkeypatch, capsys):
+    poison(monkeypatch, lambda step: step % 10)  # nine, again and again: goes on
+    assert run("text", lists["text"], "nine", steps=25).step == 25
+    poison(monkeypatch, lambda step: True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        run("text", lists["text"], "ten", steps=25)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert end.value.code == 2 and "10 steps in a row" in said and "last at 10" in said
+
+
+def test_learning_rate():
+    assert learning_rate(1, 5e-6, 8000) == pytest.approx(5e-6 / 8000)
+    assert learning_rate(4000, 5e-6, 8000) == pytest.approx(2.5e-6)
+    assert learning_rate(8000, 5e-6, 8000) == pytest.approx(5e-6)
+    assert learning_rate(32000, 5e-6, 8000) == pytest.approx(2.5e-6)
+    rates = [learning_rate(s, 1.0, 10) for s in range(1, 50)]
+    assert max(rates) == rates[9] == 1 and rates[:10] == sorted(rates[:10])
+    assert learning_rate(1, 1.0, 0) == 1
+
+
+def test_weights_of_lists():
+    assert train.weighted("a.jsonl") == ("a.jsonl", 1.0)
+    assert train.weighted("a:b.jsonl:0.1") == ("a:b.jsonl", 0.1)
+    assert train.weighted("a:3") == ("a", 3.0) and train.weighted("c:/x.y") == ("c:/x.y", 1.0)
+
+
+def test_show_prints_and_stops(run, lists, tmp_path, capsys):
+    run("empathy", [of(lists, "s2s")[0] + ":0.5"], show=1)
+    said = capsys.readouterr().out
+    assert said.count("\n\n") == 1 and "\033[35m" in said  # the think has its colour
+    assert "~" * 13 in said.replace("\033[90m", "") and "<&&>" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_lists_end_with_one_line(run, lists, tmp_path, capsys, workers):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{}\n")
+    none = write_list(tmp_path / "none.jsonl", [{"txt": "", "task": "<TRANSCRIBE>"}])
+    for path, words in ((bad, "bad.jsonl:1: not a JSON record"), (none, "{'no wav': 1}"),
+                        (tmp_path / "no.jsonl", "no such list")):
+        with pytest.raises(SystemExit) as end:
+            run("align", [str(path)], workers=workers)
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and words in said and len(said.splitlines()) == 1
+
+
+def test_bad_checkpoints_end_with_one_line(run, lists, tmp_path, checkpoint, capsys):
+    broken = copy_of(checkpoint, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no")
+    for init, flags, words in ((broken, {}, "not a readable weights file"),
+                               (tmp_path, {}, "not a readable tokenizer.json"),
+                               (checkpoint, {"resume": True}, "cannot resume")):
+        with pytest.raises(SystemExit) as end:
+            run("text", lists["text"], init=init, **flags)
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and words in said and len(said.splitlines()) == 1
