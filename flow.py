@@ -248,8 +248,9 @@ class FlowConfig:
     chunk: int = 24  # frames: 6 codes, 240 ms
     left_chunks: int = 3  # chunks of the past in reach of attention
     frames_per_code: float = 4.0
-    mel_mean: float = -5.0  # log-mel of speech is about N(-5, 2.2); the flow works on N(0, 1)
-    mel_std: float = 2.2
+    mel_mean: float = -6.0  # log-mel of speech is about N(-6, 2.6); the flow works on N(0, 1)
+    mel_std: float = 2.6
+    prior: float = 1.0  # weight of mu's own distance to the mel; CosyVoice has none
 
     @classmethod
     def cosyvoice1(cls, codes: int = 4096) -> "FlowConfig":
@@ -257,7 +258,7 @@ class FlowConfig:
         return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
                    channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
                    chunk=0, left_chunks=0, frames_per_code=22050 / 256 / 25,
-                   mel_mean=0.0, mel_std=1.0)
+                   mel_mean=0.0, mel_std=1.0, prior=0.0)
 
     @property
     def chunk_codes(self) -> int:
@@ -405,6 +406,8 @@ class Flow(nn.Module):
             raise ValueError(f"mel has {mel.shape[1]} frames, its codes make {total}")
         x1, valid = self.normalise(mel[:, :total]), real(frames, total)
         mu = self.mean(codes, code_lengths, frames)
+        # Ours has mu be an average mel (Matcha-TTS's prior loss): codes are heeded far sooner.
+        guess = silence((mu - x1).square(), valid).sum() if self.cfg.prior else 0.0
         # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
         known = (torch.rand(b, device=device) * 0.3 * frames).long()
         known = known * (torch.rand(b, device=device) < 0.5)
@@ -418,7 +421,8 @@ class Flow(nn.Module):
         xt = (1 - (1 - SIGMA) * s) * z + s * x1
         v = self.estimator(xt, mu, voice, cond, t, valid)
         error = silence((v - (x1 - (1 - SIGMA) * z)).square(), valid)
-        return self.denormalise(xt + (1 - s) * v), error.sum() / (frames.sum() * self.cfg.mel)
+        loss = (error.sum() + self.cfg.prior * guess) / (frames.sum() * self.cfg.mel)
+        return self.denormalise(xt + (1 - s) * v), loss
 
     def normalise(self, mel: Tensor) -> Tensor:
         return (mel - self.cfg.mel_mean) / self.cfg.mel_std

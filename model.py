@@ -10,7 +10,8 @@ One sequence of ids says everything the decoder reads:
                     codes+1 / codes+2 = open/close of the user's audio (input only)
     AUDIO (-1)      a slot filled by one frame of the adapter's output (12.5 Hz)
 
-Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text vocabulary.
+Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text
+vocabulary.
 """
 import json
 import os
@@ -279,15 +280,19 @@ class EChat(nn.Module):
         return x.masked_scatter((ids == AUDIO)[..., None], speech[real].to(x.dtype))
 
     def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
-                attend: Tensor | None = None, targets: Tensor | None = None):
+                attend: Tensor | None = None, targets: Tensor | None = None,
+                heard: tuple[Tensor, Tensor] | None = None):
         """ids (B, L) -> (logits, loss): joint logits over text and speech (facts 3.4).
+
+        The user's audio: mel (B, T, n_mels) with mel_lengths, or `heard`, what hear() made of it.
 
         With targets (B, L), -100 = no loss, logits are made only where there is a target, in
         row order (N, V+codes+1), and loss is the cross-entropy of each (N,); else logits are
         (B, L, V+codes+1) and loss None. `attend` (B, L) False masks a key (unknown labels).
         """
-        speech, lengths = (None, None) if mel is None else self.hear(mel, mel_lengths)
-        x = self.embed(ids, speech, lengths)
+        if mel is not None:
+            heard = self.hear(mel, mel_lengths)
+        x = self.embed(ids, *(heard or (None, None)))
         if targets is None:
             return self.decoder.logits(self.decoder(x, mask=attend), "joint"), None
         wanted = F.pad(targets[:, 1:], (0, 1), value=-100)  # position i predicts i + 1
@@ -299,6 +304,16 @@ class EChat(nn.Module):
         hidden = self.decoder(x, mask=attend, cache=prefix)  # (B, L - shared, D)
         logits = self.decoder.logits(hidden[wanted != -100], "joint")  # (N, V+codes+1)
         return logits, F.cross_entropy(logits.float(), wanted[wanted != -100], reduction="none")
+
+    def ctc(self, speech: Tensor, lengths: Tensor, words: list[Tensor], blank: int) -> Tensor:
+        """CTC of the text ids `words` on adapter output (B, S, D), read off by the text table.
+
+        Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
+        what is said in it, so that a decoder of our own learns to listen in minutes.
+        """
+        logits = F.linear(F.rms_norm(speech, speech.shape[2:]), self.decoder.embed_tokens.weight)
+        return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
+                          torch.tensor([len(w) for w in words]), blank, zero_infinity=True)
 
     @staticmethod
     def shared(ids: Tensor, attend: Tensor | None, wanted: Tensor) -> int:

@@ -240,12 +240,18 @@ class Dialogue:
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
-        _, each = self.module(batch["ids"], batch.get("mel"), batch.get("mel_lengths"),
-                              batch.get("attend"), batch["targets"])  # (n,)
+        heard = self.module.hear(batch["mel"], batch["mel_lengths"]) if "mel" in batch else None
+        _, each = self.module(batch["ids"], attend=batch.get("attend"), targets=batch["targets"],
+                              heard=heard)  # (n,)
         part = batch["part"][batch["targets"] != -100]  # the same order as the targets'
         stats = {name: (each.detach()[part == i].sum(), (part == i).sum())
                  for i, name in enumerate(PARTS)}
-        return each.sum() / len(each), stats
+        loss, asr = each.sum() / len(each), batch["part"] == PARTS.index("asr")
+        if self.args.ctc and asr.any():
+            words = [ids[here & (ids != self.tok.im_end)] for ids, here in zip(batch["ids"], asr)]
+            ctc = self.module.ctc(*heard, words, self.tok.fixed("<|endoftext|>")[0])
+            loss, stats["ctc"] = loss + self.args.ctc * ctc, (ctc.detach(), 1)
+        return loss, stats
 
     def save(self, folder: str) -> None:
         echat.save_weights(os.path.join(folder, "model.safetensors"), self.module)
@@ -480,9 +486,17 @@ class Trainer:
         self.cfg = cfg
         self.trainee.module.to(self.device)
         self.optimizers = {turn: torch.optim.AdamW(
-            p, args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
+            self.groups(p), args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
             fused=self.device != "mps") for turn, p in self.trainee.parameters.items()}
         self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
+
+    def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
+        """Parameter groups: what hears (encoder, adapter) may learn at a share of the rate."""
+        hears = {p for name in ("encoder", "adapter") if self.args.hear_lr != 1
+                 for p in getattr(self.trainee.module, name, nn.Module()).parameters()}
+        slow, fast = ([p for p in parameters if (p in hears) == s] for s in (True, False))
+        return [{"params": p, "scale": scale} for p, scale in
+                ((slow, self.args.hear_lr), (fast, 1.0)) if p]
 
     def config(self) -> echat.Config:
         args = self.args
@@ -568,7 +582,7 @@ class Trainer:
                     raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
                 return None
             for group in optimizer.param_groups:
-                group["lr"] = self.lr
+                group["lr"] = self.lr * group["scale"]
             optimizer.step()
         self.bad = 0
         return out
@@ -682,12 +696,15 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--warmup", type=int, default=8000)
+    p.add_argument("--hear-lr", type=float, default=1.0,
+                   help="rate of encoder and adapter, as a share of --lr")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
     p.add_argument("--weight-decay", type=float, default=0.01)
     p.add_argument("--clip", type=float, default=5.0)
     p.add_argument("--accum", type=int, default=4)
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
+    p.add_argument("--ctc", type=float, default=0.0, help="weight of CTC on the adapter's output")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--train-decoder", action="store_true",

@@ -26,7 +26,7 @@ def read_ct2(path):
         at += n
         return s
 
-    version, spec, revision, count = take("I"), text(), take("I"), take("I")
+    version, _spec, _revision, count = take("I"), text(), take("I"), take("I")
     assert version == 6, version
     arrays = {}
     for _ in range(count):
