@@ -250,7 +250,7 @@ class FlowConfig:
     frames_per_code: float = 4.0
     mel_mean: float = -6.0  # log-mel of speech is about N(-6, 2.6); the flow works on N(0, 1)
     mel_std: float = 2.6
-    prior: float = 1.0  # weight of mu's own distance to the mel; CosyVoice has none
+    spread: float = 0.4  # ours: how far mel is from mu, in mel_std; 0 as in CosyVoice: not said
 
     @classmethod
     def cosyvoice1(cls, codes: int = 4096) -> "FlowConfig":
@@ -258,7 +258,7 @@ class FlowConfig:
         return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
                    channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
                    chunk=0, left_chunks=0, frames_per_code=22050 / 256 / 25,
-                   mel_mean=0.0, mel_std=1.0, prior=0.0)
+                   mel_mean=0.0, mel_std=1.0, spread=0.0)
 
     @property
     def chunk_codes(self) -> int:
@@ -344,6 +344,7 @@ class Estimator(nn.Module):
         cfg, levels, skips = self.cfg, [], []
         angle = angles(1000 * t, 2 * cfg.mel, 2 * cfg.mel - 1)
         temb = self.time(torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype))  # (B, time_dim)
+        base = self.base(x, mu, t[:, None, None].to(x.dtype)) if cfg.spread else 0.0
         x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)  # (B, T, 4M)
         for stage in self.down:
             valid = valid if valid is None or not levels else valid[:, ::2]
@@ -358,7 +359,15 @@ class Estimator(nn.Module):
             skip, (valid, mask) = skips.pop(), levels.pop()
             x = torch.cat([x[:, :skip.shape[1]], skip], -1)  # an odd length came back one longer
             x = stage.tail(stage(x, temb, valid, mask, tape), valid, tape)
-        return self.final(self.final_block(x, valid, tape))
+        return base + self.final(self.final_block(x, valid, tape))
+
+    def base(self, x: Tensor, mu: Tensor, t: Tensor) -> Tensor:
+        """The velocity at x if the mel were N(mu, spread^2), or N(0, 1) where mu is withheld. That
+        needs no network, and ours starts from it: a small one else spends its training on
+        carrying the noise from x to the output."""
+        var = torch.where((mu == 0).all(2).all(1), 1.0, self.cfg.spread ** 2)[:, None, None]
+        pull = (t * var - (1 - t)) / ((1 - t).square() + t.square() * var)
+        return mu + pull * (x - t * mu)
 
 
 @dataclass
@@ -407,7 +416,7 @@ class Flow(nn.Module):
         x1, valid = self.normalise(mel[:, :total]), real(frames, total)
         mu = self.mean(codes, code_lengths, frames)
         # Ours has mu be an average mel (Matcha-TTS's prior loss): codes are heeded far sooner.
-        guess = silence((mu - x1).square(), valid).sum() if self.cfg.prior else 0.0
+        prior = silence((mu - x1).square(), valid).sum() if self.cfg.spread else 0.0
         # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
         known = (torch.rand(b, device=device) * 0.3 * frames).long()
         known = known * (torch.rand(b, device=device) < 0.5)
@@ -421,7 +430,7 @@ class Flow(nn.Module):
         xt = (1 - (1 - SIGMA) * s) * z + s * x1
         v = self.estimator(xt, mu, voice, cond, t, valid)
         error = silence((v - (x1 - (1 - SIGMA) * z)).square(), valid)
-        loss = (error.sum() + self.cfg.prior * guess) / (frames.sum() * self.cfg.mel)
+        loss = (error.sum() + prior) / (frames.sum() * self.cfg.mel)
         return self.denormalise(xt + (1 - s) * v), loss
 
     def normalise(self, mel: Tensor) -> Tensor:
