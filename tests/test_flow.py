@@ -13,7 +13,8 @@ CAUSAL = FlowConfig(codes=12, mel=4, spk_dim=6, dim=8, enc_heads=2, enc_ffn=16, 
                     channels=(16,), mid=1, heads=2, head_dim=8, time_dim=16, chunk=8, left_chunks=2)
 FULL = FlowConfig(codes=50, spk_dim=12, dim=32, enc_heads=2, enc_ffn=48, look_ahead=0,
                   channels=(16, 16), mid=2, heads=2, head_dim=8, time_dim=64, causal=False, chunk=0,
-                  left_chunks=0, frames_per_code=22050 / 256 / 25, mel_mean=0.0, mel_std=1.0)
+                  left_chunks=0, frames_per_code=22050 / 256 / 25, mel_mean=0.0, mel_std=1.0,
+                  spread=0.0)
 
 
 @pytest.fixture(autouse=True)
@@ -300,6 +301,16 @@ def test_released_names():
     del weights[key]
     with pytest.raises(ValueError, match="estimator.mid.11.time.weight"):
         load_cosyvoice1(weights)
+
+
+def test_base_velocity_is_exact_for_a_gaussian_mel():
+    """Euler along base() alone, in many steps, turns noise into N(mu, spread^2)."""
+    estimator, steps = Flow(CAUSAL).estimator, 400
+    mu, x = torch.full((1, 500, 4), 1.5), noise(3, 0, 500, 4)
+    for i in range(steps):
+        x = x + estimator.base(x, mu, torch.full((1, 1, 1), i / steps)) / steps
+    assert abs(float(x.mean()) - 1.5) < 0.02
+    assert abs(float(x.std()) - CAUSAL.spread) < 0.02
 
 
 def test_against_the_released_code():
