@@ -226,12 +226,13 @@ PRESETS = {"mini": mini, "small": small, "paper": paper}
 # The model
 
 
-def sample(logits: Tensor, how: Sampling, past: Tensor, rng: torch.Generator) -> Tensor:
+def sample(logits: Tensor, how: Sampling, past: list[int], rng: torch.Generator) -> Tensor:
     """One id from logits (V,): repetition penalty, temperature, top-k, top-p, then a draw."""
-    if how.repetition != 1.0 and len(past):
-        seen = logits[past]
-        logits = logits.scatter(0, past, torch.where(seen > 0, seen / how.repetition,
-                                                     seen * how.repetition))
+    if how.repetition != 1.0 and past:
+        ids = torch.tensor(past, device=logits.device)
+        seen = logits[ids]
+        logits = logits.scatter(0, ids, torch.where(seen > 0, seen / how.repetition,
+                                                    seen * how.repetition))
     if how.temperature == 0:
         return logits.argmax()
     logits = logits.float() / how.temperature
@@ -352,9 +353,8 @@ class EChat(nn.Module):
         text_open, speech_open = phase == "text", phase == "speech"
         block, seen = 0, b""  # tokens of this block; bytes of the think so far
         for _ in range(max_tokens):
-            before = torch.tensor(past[phase], device=device, dtype=torch.long)
             logits = self.decoder.logits(hidden[0, -1], phase)
-            token = int(sample(logits, how[phase], before, rng))
+            token = int(sample(logits, how[phase], past[phase], rng))
             past[phase].append(token)
             yield phase, token
             row = token if phase == "text" else cfg.vocab + token

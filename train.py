@@ -33,8 +33,8 @@ import model as echat
 from data import BadInput, Mixture, Source, Tokenizer
 from encoder import SpeechTokenizer, load_whisper
 from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
-from vocoder import Discriminator, discriminator_loss, feature_loss, generator_loss, mel_loss, \
-    mel_spectrogram
+from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
+    generator_loss, mel_loss, mel_spectrogram
 
 # ---------------------------------------------------------------------------------------------
 # The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
@@ -423,10 +423,9 @@ class VocoderStage(Voice):
         return loss, stats
 
     def folded(self) -> dict:
-        plain = Token2Wav(self.cfg, {}).vocoder
-        plain.unfold().load_state_dict(self.module["generator"].state_dict())
-        flow = {f"flow.{k}": v for k, v in self.whole.flow.state_dict().items()}
-        return flow | {f"vocoder.{k}": v for k, v in plain.fold().state_dict().items()}
+        vocoder = fold_weights(self.module["generator"].state_dict())
+        return {f"flow.{k}": v for k, v in self.whole.flow.state_dict().items()} \
+            | {f"vocoder.{k}": v for k, v in vocoder.items()}
 
 
 KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}

@@ -153,7 +153,7 @@ def test_think_length_whatever_the_bracket_merges_with(tok):
 
 def draws(logits, how, past=(), n=600):
     rng = torch.Generator().manual_seed(0)
-    got = [int(echat.sample(logits, how, torch.tensor(past, dtype=torch.long), rng))
+    got = [int(echat.sample(logits, how, list(past), rng))
            for _ in range(n)]
     return torch.bincount(torch.tensor(got), minlength=len(logits)) / n
 
@@ -172,9 +172,9 @@ def test_sampling_follows_the_distribution():
 
 def test_repetition_penalty_is_that_of_transformers():
     logits = torch.tensor([2.0, 1.9, -1.0])
-    assert echat.sample(logits, Sampling(repetition=1.1), torch.tensor([0, 0]), None) == 1
-    assert echat.sample(-logits, Sampling(repetition=3.0), torch.tensor([2]), None) == 2
-    assert echat.sample(logits - 3, Sampling(repetition=1.2), torch.tensor([0]), None) == 1
+    assert echat.sample(logits, Sampling(repetition=1.1), [0, 0], None) == 1
+    assert echat.sample(-logits, Sampling(repetition=3.0), [2], None) == 2
+    assert echat.sample(logits - 3, Sampling(repetition=1.2), [0], None) == 1
 
 
 # ---- the state machine -------------------------------------------------------------------------
