@@ -206,7 +206,7 @@ def write_wave(path: str, wave: Tensor, rate: int) -> None:
 
 
 def spec_augment(mel: Tensor, rng: random.Random) -> Tensor:
-    """As released: 2 time masks <= 50, 2 mel masks <= 10, then 3 spans <= 30 copied from the past."""
+    """As released: 2 time masks <= 50, 2 mel masks <= 10, then 3 spans <= 30 from the past."""
     mel = mel.clone()
     frames, bins = mel.shape
     for _ in range(2):
@@ -302,10 +302,12 @@ class Source:
 
 
 def cut_batches(samples: list, budget: int) -> list[list]:
-    """Sorted by length, grouped so that longest x count <= budget (at least one a batch)."""
-    samples, batches = sorted(samples, key=lambda s: s.length), []
+    """Sorted by kind and length, grouped so that a batch is of one kind and longest x count <=
+    budget (at least one a batch)."""
+    samples, batches = sorted(samples, key=lambda s: (s.kind, s.length)), []
     for s in samples:
-        if batches and s.length * (len(batches[-1]) + 1) <= budget:
+        if batches and batches[-1][0].kind == s.kind \
+                and s.length * (len(batches[-1]) + 1) <= budget:
             batches[-1].append(s)
         else:
             batches.append([s])
@@ -1067,7 +1069,9 @@ def tag(label: str) -> str:
 
 
 def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
-    """The (set name, record) pairs of one dialogue: chat and understanding."""
+    """The (set name, record) pairs of one dialogue: chat, understanding, and, where all labels
+    are known, the same in writing: what an LLM has learned from text before it can hear."""
+    from model import TEMPLATE
     q, labels, known, voice = item["query"], item["labels"], item["known"], item["voice"]
     rng = np.random.default_rng([seed, 2, item["index"]])
     key = f"{item['split']}_{item['index']:06d}"
@@ -1080,6 +1084,11 @@ def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
         f"echat_{key}", wav, tag(item["tone"]) + item["reply"], task, q_txt=q, **shown,
         emotion=tag(item["tone"]), reply_wav=reply_path(item["reply"], item["tone"]),
         scene=item["scene"], kind=item["kind"], recipe=recipe))]
+    if item["kind"] == "multi":
+        told = TEMPLATE["en"].format(text=q, **{k: tag(v) for k, v in labels.items()},
+                                     reply_emotion=tag(item["tone"]))
+        out.append(("text", record(f"told_{key}", "", tag(item["tone"]) + item["reply"],
+                                   "<TEXT2TEXT>", question=told)))
     out.append(("asr", record(f"asr_{key}", wav, q, "<TRANSCRIBE>", recipe=recipe)))
     for kind, value in labels.items():
         out.append(("asrp", record(f"asrp_{kind}_{key}", wav, q + tag(value),
@@ -1093,12 +1102,14 @@ def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
 
 
 def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
-    """Text chat and the query sentences as TTS material: (set, split, record)."""
+    """Text chat, repeating, and the query sentences as TTS material: (set, split, record)."""
     out, rng = [], np.random.default_rng([seed, 3])
     for i, row in enumerate(rows):
         answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
         out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
                                                  question=row["query"])))
+        out.append(("text", row["split"], record(f"again_{i:05d}", "", row["query"], "<TEXT2TEXT>",
+                                                 question="Repeat: " + row["query"])))
         out.append(("tts", row["split"], record(
             f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"], "<TEXT2TOKEN>",
             emotion=tag("NEUTRAL"))))
@@ -1115,7 +1126,7 @@ def write_manifests(out: Path, items: list, rows: list, seconds: dict, seed: int
         if wav not in spoken:
             spoken.add(wav)
             sets.setdefault(("tts", item["split"]), []).append(record(
-                f"tts_r{len(spoken):05d}", wav, item["reply"], "<TEXT2TOKEN>",
+                f"tts_r{len(spoken):05d}", wav, tag(item["tone"]) + item["reply"], "<TEXT2TOKEN>",
                 emotion=tag(item["tone"])))
     for name, split, entry in text_records(rows, seed):
         sets.setdefault((name, split), []).append(entry)

@@ -144,14 +144,14 @@ class DecoderConfig:
     vocab: int = 2048  # rows of the text table
     dim: int = 320
     n_layers: int = 8
-    n_heads: int = 5
-    n_kv_heads: int = 1
+    n_heads: int = 6
+    n_kv_heads: int = 3
     head_dim: int = 64
-    ffn: int = 864
+    ffn: int = 768
     rope_theta: float = 1e6
     eps: float = 1e-6
     tied: bool = True  # the text head is the text table
-    codes: int = 1024  # id `codes` opens and closes speech; +1, +2 wrap the user's audio (input)
+    codes: int = 512  # id `codes` opens and closes speech; +1, +2 wrap the user's audio (input)
 
 
 class KVCache:

@@ -175,7 +175,7 @@ class TokenizerConfig:
     n_layers: int = 2  # blocks before the quantiser
     conv1_stride: int = 1
     pool: int = 2  # frames averaged into one code; stride * 2 * pool mel frames make a code
-    codes: int = 1024
+    codes: int = 512
     tail_layers: int = 2  # blocks after the quantiser; only training needs them
     vocab: int = 0  # text tokens of the CTC head; 0: no tail and no head, encode() only
     positions: bool = True  # before the quantiser; without, a sound's code ignores when it comes
@@ -292,16 +292,19 @@ class SpeechTokenizer(nn.Module):
 
     def forward(self, mel: Tensor, lengths: Tensor, targets: Tensor, target_lengths: Tensor
                 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-        """targets (B, U) text ids < vocab -> CTC logits (B, L, vocab + 1), loss, and stats: ctc,
-        commit, used (codes in this batch), perplexity (of the moving code use; at most K)."""
+        """targets (B, U) text ids < vocab -> CTC logits (B, pool L, vocab + 1), loss, and stats:
+        ctc, commit, used (codes in this batch), perplexity (of the moving code use; at most K)."""
         x, lengths = self.features(mel, lengths)
         commit, codes = x.new_zeros(()), lengths.new_zeros(0)
         if self.codebook.fitted:
             x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
-        x = transform(add_positions(x * x.shape[2] ** 0.5), lengths, self.tail)
-        logits = self.head(self.ln_post(x))  # (B, L, V + 1)
-        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (L, B, V + 1)
+        # Back to the encoder's rate: 25 frames a second are too few for the letters of fast speech.
+        x, lengths = (x * x.shape[2] ** 0.5).repeat_interleave(self.cfg.pool, 1), \
+            lengths * self.cfg.pool
+        x = transform(add_positions(x), lengths, self.tail)
+        logits = self.head(self.ln_post(x))  # (B, pool L, V + 1)
+        log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (pool L, B, V + 1)
         ctc = F.ctc_loss(log_probs, targets, lengths, target_lengths,
                          blank=self.cfg.vocab, zero_infinity=True)  # inf: text longer than codes
         share = self.codebook.counts / self.codebook.counts.sum()

@@ -600,7 +600,7 @@ def say(bot: Chatbot, record: dict, way: str, s3) -> tuple[str, Tensor | None]:
     if way == "model":
         bot.history, asked = [], bot.args.task == "s2s"
         *_, (_, done, wave) = bot.turn(record.get("wav") or "", "") if asked else \
-            bot.turn(None, text)
+            bot.turn(None, record["txt"])
         return done["text"] if asked else text, wave
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":

@@ -230,7 +230,7 @@ class Stage(nn.Module):
 
 @dataclass
 class FlowConfig:
-    codes: int = 1024  # size of the codebook
+    codes: int = 512  # size of the codebook
     mel: int = 80
     spk_dim: int = 192
     dim: int = 160  # token encoder

@@ -38,8 +38,8 @@ from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weight
 
 # ---------------------------------------------------------------------------------------------
 # The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
-# 6:18 form in the first epoch and later ones; `think` = share of dialogues that think first; `s2t` =
-# share of spoken dialogues that answer in text only. The data of earlier steps stay in: name
+# 6:18 form in the first epoch and later ones; `think` = share of dialogues that think first;
+# `s2t` = share of spoken dialogues that answer in text only. The data of earlier steps stay in: name
 # every list with its weight, e.g. --data asr.jsonl:1 --data asrp.jsonl:1.
 
 
@@ -77,7 +77,11 @@ TAG = re.compile(r"<[A-Z_]+>")
 
 @dataclass
 class Sample:
-    """ids with AUDIO slots; targets -100 where there is no loss; part: index into PARTS."""
+    """ids with AUDIO slots; targets -100 where there is no loss; part: index into PARTS.
+
+    kind: what its prompt is. A batch is of one kind: its rows share the prompt, computed once.
+    """
+    kind: str
     ids: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     part: list[int] = field(default_factory=list)
@@ -103,7 +107,7 @@ class Sample:
 
 def interleave(text: list[int], speech: list[int]) -> list[tuple[str, list[int]]]:
     """6 text tokens, 18 speech tokens, and so on; when the text (its end counts) is out, all the
-    speech that is left. `speech` has its open and close; 3 x text <= speech, or text lags behind."""
+    speech that is left. `speech` has its open and close; 3 x text <= speech, or text lags."""
     out = []
     while text:
         out += [("text", text[:echat.TEXT_BLOCK])]
@@ -119,7 +123,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     """One record of a list -> the sequence it trains, or the reason why it is rejected."""
     task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
     V, close = cfg.decoder.vocab, cfg.decoder.codes
-    sample, slots, past = Sample(), [], []
+    slots, past, clips = [], [], []
     if task.startswith("<TEXT2T"):
         kind = "t2t" if task == "<TEXT2TEXT>" else "tts"
     else:
@@ -129,8 +133,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         for turn in [*past, record]:
             if not turn.get("wav") or not os.path.exists(turn["wav"]):
                 return "no wav"
-            sample.audio.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
-            frames = data.frames_of(*sample.audio[-1])
+            clips.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
+            frames = data.frames_of(*clips[-1])
             if not 20 <= frames <= 20000:
                 return "audio shorter than 0.2 s or longer than 200 s"
             slots.append(echat.EChat.audio_slots(frames))
@@ -145,13 +149,15 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     if kind == "t2t":
         if not extra.get("question"):
             return "no question"
+        sample = Sample("t2t")
         sample.add(prompt("t2t", tok, cfg.decoder, text=extra["question"]))
         sample.add([*tok.encode(txt), tok.im_end], "text")
         return sample
     if kind == "understand":  # eq. 1: the words, then the labels
         wanted = [echat.TAGS[t] for t in TAG.findall(task) if t in echat.TAGS]
-        sample.add(prompt("understand", tok, cfg.decoder, slots[-1],
-                          echat.user_prompt(wanted)))
+        user = echat.user_prompt(wanted)
+        sample = Sample(user, audio=clips)
+        sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         words = len(TAG.split(txt)[0].encode())
         at = 0
         for token in tok.encode(txt):
@@ -167,7 +173,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     if kind == "tts":  # eq. 2
         text = [*tok.encode(txt), tok.im_end]
         stream = stream and 3 * len(text) <= len(speech)
-        sample.add(prompt("tts_stream" if stream else "tts", tok, cfg.decoder, text=txt))
+        sample = Sample("tts_stream" if stream else "tts")
+        sample.add(prompt(sample.kind, tok, cfg.decoder, text=txt))
         if not stream:
             sample.add(speech[1:], "speech")  # the prompt has opened it
         for part, ids in interleave(text, speech) if stream else ():
@@ -193,6 +200,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     text = answer[thought:]
     stream = speaks and stream and 3 * len(text) <= len(speech)
     name = kind + ("_stream" if stream else "") + ("_think" if think else "")
+    sample = Sample(name + user, audio=clips)
     sample.add(prompt(name, tok, cfg.decoder, slots[-1], user, history))
     sample.add(answer[:thought], "think", tok.unknown)
     if stream:
@@ -218,6 +226,7 @@ class Dialogue:
             self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": trainable(self.module, stage.trains)}
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
+        self.step = 0  # the loop's
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
@@ -241,15 +250,19 @@ class Dialogue:
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
         heard = self.module.hear(batch["mel"], batch["mel_lengths"]) if "mel" in batch else None
+        asr = batch["part"] == PARTS.index("asr")
+        if self.args.ctc and asr.any():
+            words = [ids[here & (ids != self.tok.im_end)] for ids, here in zip(batch["ids"], asr)]
+            ctc = self.module.ctc(*heard, words, self.tok.fixed("<|endoftext|>")[0])
+            if self.step <= self.args.ctc_first:
+                return ctc, {"ctc": (ctc.detach(), 1)}
         _, each = self.module(batch["ids"], attend=batch.get("attend"), targets=batch["targets"],
                               heard=heard)  # (n,)
         part = batch["part"][batch["targets"] != -100]  # the same order as the targets'
         stats = {name: (each.detach()[part == i].sum(), (part == i).sum())
                  for i, name in enumerate(PARTS)}
-        loss, asr = each.sum() / len(each), batch["part"] == PARTS.index("asr")
+        loss = each.sum() / len(each)
         if self.args.ctc and asr.any():
-            words = [ids[here & (ids != self.tok.im_end)] for ids, here in zip(batch["ids"], asr)]
-            ctc = self.module.ctc(*heard, words, self.tok.fixed("<|endoftext|>")[0])
             loss, stats["ctc"] = loss + self.args.ctc * ctc, (ctc.detach(), 1)
         return loss, stats
 
@@ -268,6 +281,7 @@ class Clip:
     start: float
     length: int
     text: str = ""
+    kind: str = "clip"
     codes: list[int] = field(default_factory=list)
 
 
@@ -294,14 +308,15 @@ class S3:
     def collate(self, clips: list[Clip], seed: str) -> dict:
         mels = [data.features(c.path, self.cfg.n_mels) for c in clips]
         texts = [torch.tensor(list(c.text.encode())) for c in clips]
-        return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
-                "text": data.pad_stack(texts), "text_lengths": torch.tensor([len(t) for t in texts])}
+        lengths = {name: torch.tensor([len(x) for x in rows])
+                   for name, rows in (("mel_lengths", mels), ("text_lengths", texts))}
+        return {"mel": data.pad_stack(mels), "text": data.pad_stack(texts)} | lengths
 
     def weight(self, batch: dict) -> int:
         return len(batch["mel"])
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
-        """CTC alone until the recogniser works, then k-means on its features, then through codes."""
+        """CTC alone until the recogniser works, then k-means on its features, then by codes."""
         if self.module.training and not self.module.codebook.fitted:
             after = self.args.quantise_after
             if self.step > after - 40:
@@ -343,7 +358,7 @@ class Voice:
         if length < self.shortest:
             return "too short"
         first = rng.randint(0, (frames - length) // 4) * 4
-        return Clip(path, first / 100, length, "", codes[first // 4:(first + length) // 4])
+        return Clip(path, first / 100, length, codes=codes[first // 4:(first + length) // 4])
 
     def waves(self, clips: list[Clip]) -> Tensor:
         rate, hop = self.cfg.vocoder.sample_rate, self.cfg.vocoder.hop
@@ -455,9 +470,11 @@ def weighted(item: str) -> tuple[str, float]:
     return (found[1], float(found[2])) if found else (item, 1.0)
 
 
-def learning_rate(step: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then inverse square root (Vaswani et al. 2017), step from 1."""
-    return peak * min(step / max(1, warmup), math.sqrt(max(1, warmup) / step))
+def learning_rate(step: int, args) -> float:
+    """Linear warm-up, then inverse square root (Vaswani et al. 2017), step from 1; the last
+    --cooldown steps fall to 0."""
+    warmup, left = max(1, args.warmup), (args.steps + 1 - step) / max(1, args.cooldown)
+    return args.lr * min(step / warmup, math.sqrt(warmup / step)) * min(1.0, left)
 
 
 def all_reduce(tensors: list[Tensor]) -> None:
@@ -490,12 +507,11 @@ class Trainer:
         self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Parameter groups: what hears (encoder, adapter) may learn at a share of the rate."""
-        hears = {p for name in ("encoder", "adapter") if self.args.hear_lr != 1
-                 for p in getattr(self.trainee.module, name, nn.Module()).parameters()}
-        slow, fast = ([p for p in parameters if (p in hears) == s] for s in (True, False))
+        """Parameter groups: a pre-trained encoder may learn at a share of the rate."""
+        encoder = set(getattr(self.trainee.module, "encoder", nn.Module()).parameters())
+        slow, fast = ([p for p in parameters if (p in encoder) == s] for s in (True, False))
         return [{"params": p, "scale": scale} for p, scale in
-                ((slow, self.args.hear_lr), (fast, 1.0)) if p]
+                ((slow, self.args.encoder_lr), (fast, 1.0)) if p]
 
     def config(self) -> echat.Config:
         args = self.args
@@ -558,7 +574,7 @@ class Trainer:
                              device=self.device)
         if self.world > 1:
             dist.all_reduce(total)
-        self.lr = learning_rate(self.step, self.args.lr, self.args.warmup)
+        self.lr = learning_rate(self.step, self.args)
         out = {}
         for turn in self.trainee.turns:
             optimizer, parameters = self.optimizers[turn], self.trainee.parameters[turn]
@@ -616,7 +632,7 @@ class Trainer:
             f.write(json.dumps({"stage": self.args.stage} | line) + "\n")
 
     def save(self) -> None:
-        """The run's folder is a checkpoint folder: what this stage does not train is carried over."""
+        """The run's folder is a checkpoint folder: what a stage does not train is carried over."""
         if self.rank:
             return
         out, init = self.args.out, self.args.init
@@ -695,8 +711,8 @@ def main() -> None:
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--warmup", type=int, default=8000)
-    p.add_argument("--hear-lr", type=float, default=1.0,
-                   help="rate of encoder and adapter, as a share of --lr")
+    p.add_argument("--cooldown", type=int, default=0, help="last steps, over which lr falls to 0")
+    p.add_argument("--encoder-lr", type=float, default=1.0, help="the encoder's, x --lr")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
     p.add_argument("--weight-decay", type=float, default=0.01)
     p.add_argument("--clip", type=float, default=5.0)
@@ -704,10 +720,12 @@ def main() -> None:
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
     p.add_argument("--ctc", type=float, default=0.0, help="weight of CTC on the adapter's output")
+    p.add_argument("--ctc-first", type=int, default=0, help="first steps on CTC alone, no decoder")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
-    p.add_argument("--train-decoder", action="store_true",
-                   help="stage 1 trains the decoder too (a decoder that is not a real LLM)")
+    p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
+                   help="LLM stages: what trains, in place of the paper's list (a decoder that is "
+                   "no real LLM has to learn to listen in stage 1, too)")
     p.add_argument("--valid", action="append", default=[])
     p.add_argument("--valid-every", type=int, default=500)
     p.add_argument("--valid-batches", type=int, default=10)
@@ -717,9 +735,8 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=777)
     p.add_argument("--device", default="auto")
     args = p.parse_args()
-    if args.train_decoder:
-        STAGES[args.stage] = replace(STAGES[args.stage],
-                                     trains=STAGES[args.stage].trains + ("decoder",))
+    if args.trains:
+        STAGES[args.stage] = replace(STAGES[args.stage], trains=tuple(args.trains))
     try:
         trainer = Trainer(args)
         show(trainer, args.show) if args.show else trainer.run()

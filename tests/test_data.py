@@ -199,17 +199,19 @@ def test_unreadable_lists(tmp_path):
             list(data.records(str(path)))
 
 
-def sample(length, name=None):
-    return SimpleNamespace(length=length, name=name)
+def sample(length, name=None, kind="tts"):
+    return SimpleNamespace(length=length, name=name, kind=kind)
 
 
 def test_batches_keep_to_the_budget():
     rng = random.Random(0)
-    samples = [sample(rng.randint(1, 60), i) for i in range(300)] + [sample(500, 300)]
+    samples = [sample(rng.randint(1, 60), i, "ab"[i % 2]) for i in range(300)]
+    samples += [sample(500, 300)]
     batches = cut_batches(samples, 200)
     assert sorted(s.name for b in batches for s in b) == list(range(301))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(s.length for s in batch) <= 200
+        assert len({s.kind for s in batch}) == 1
     used = sum(s.length for s in samples) / sum(
         len(b) * max(s.length for s in b) for b in batches)
     assert used > 0.92  # pads are under 8 % of what is computed

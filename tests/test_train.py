@@ -8,6 +8,7 @@ import random
 import socket
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -263,7 +264,8 @@ def run(monkeypatch, checkpoint, tmp_path):
         words += [w for path in lists for w in ("--data", path)]
         words += ["--init", str(init)] if init else []
         for name, value in (defaults | flags).items():
-            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+            value = [] if value is True else value if isinstance(value, list) else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, value)]
         with monkeypatch.context() as m:
             m.setattr(sys, "argv", words)
             m.setattr(train, "Trainer", Spy)
@@ -402,7 +404,7 @@ def test_every_stage_overfits_and_trains_what_it_should(run, lists, checkpoint, 
 
 def test_stage_one_may_train_the_decoder_of_a_small_model(run, lists):
     assert STAGES["align"].trains == ("adapter",)
-    trainer = run("align", lists["align"], train_decoder=True, steps=0)
+    trainer = run("align", lists["align"], trains=["adapter", "decoder"], steps=0)
     trained = {n.split(".")[0] for n, p in trainer.trainee.module.named_parameters()
                if p.requires_grad}
     assert trained == {"adapter", "decoder"} and STAGES["align"].trains == ("adapter",)
@@ -521,13 +523,19 @@ def test_ten_bad_steps_in_a_row_end_the_run(run, lists, monkeypatch, capsys):
 
 
 def test_learning_rate():
-    assert learning_rate(1, 5e-6, 8000) == pytest.approx(5e-6 / 8000)
-    assert learning_rate(4000, 5e-6, 8000) == pytest.approx(2.5e-6)
-    assert learning_rate(8000, 5e-6, 8000) == pytest.approx(5e-6)
-    assert learning_rate(32000, 5e-6, 8000) == pytest.approx(2.5e-6)
-    rates = [learning_rate(s, 1.0, 10) for s in range(1, 50)]
+    def rate(step, lr=5e-6, warmup=8000, steps=10**9, cooldown=0):
+        return learning_rate(step, SimpleNamespace(lr=lr, warmup=warmup, steps=steps,
+                                                   cooldown=cooldown))
+    assert rate(1) == pytest.approx(5e-6 / 8000)
+    assert rate(4000) == pytest.approx(2.5e-6)
+    assert rate(8000) == pytest.approx(5e-6)
+    assert rate(32000) == pytest.approx(2.5e-6)
+    rates = [rate(s, 1.0, 10) for s in range(1, 50)]
     assert max(rates) == rates[9] == 1 and rates[:10] == sorted(rates[:10])
-    assert learning_rate(1, 1.0, 0) == 1
+    assert rate(1, 1.0, 0) == 1
+    assert rate(90, 1.0, 1, 100, 10) == rate(90, 1.0, 1)  # the last 10 of 100 steps fall to 0
+    assert rate(95, 1.0, 1, 100, 10) == pytest.approx(rate(95, 1.0, 1) * 0.6)
+    assert rate(100, 1.0, 1, 100, 10) == pytest.approx(rate(100, 1.0, 1) * 0.1)
 
 
 def test_weights_of_lists():
