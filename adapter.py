@@ -82,6 +82,21 @@ class Adapter(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.after_norm = nn.LayerNorm(D)
         self.proj = nn.Linear(D, cfg.d_out)
+        self.start_open()
+
+    @torch.no_grad()
+    def start_open(self) -> None:
+        """Weights that let the encoder's frames pass, so that learning begins from what Whisper
+        heard: convolutions that favour the newest frame, and an embedding of unit size, as
+        forward() scales it by sqrt(D) and would drown the blocks for thousands of steps."""
+        eye = torch.eye(len(self.embed.weight))
+        for weight, kept in ((self.embed.weight, self.embed.weight),
+                             *((conv.weight, conv.weight[..., 2]) for conv in self.convs)):
+            weight.mul_(0.5)
+            kept.add_(eye)
+        for module in (*self.convs, self.embed):
+            module.bias.zero_()
+        self.embed_ln.weight.fill_(self.embed_ln.weight.numel() ** -0.5)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, d_in), lengths (B,) -> (B, out_length(T), d_out), lengths (B,).

@@ -215,7 +215,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
 class Dialogue:
     """What the LLM stages train: EChat with the dual-think masked loss, eq. 1-4."""
 
-    turns = ("model",)
+    turns, whisper = ("model",), "encoder."
 
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = cfg, args
@@ -227,6 +227,7 @@ class Dialogue:
         self.parameters = {"model": trainable(self.module, stage.trains)}
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         self.step = 0  # the loop's
+        self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
@@ -240,8 +241,21 @@ class Dialogue:
             batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
             if self.args.augment and self.module.training:
                 mels = [data.spec_augment(m, rng) for m in mels]
-            batch["mel"] = data.pad_stack(mels)
+            batch["mel"], batch["clips"] = data.pad_stack(mels), [str(clip) for clip in clips]
         return batch
+
+    def hear(self, batch: dict) -> tuple[Tensor, Tensor] | None:
+        """The adapter's output of a batch's audio; a frozen encoder hears a clip only once."""
+        if "mel" not in batch:
+            return None
+        net, mel, lengths = self.module, batch["mel"], batch["mel_lengths"]
+        if self.args.augment or not net.training or net.encoder.conv1.weight.requires_grad:
+            return net.hear(mel, lengths)
+        if new := [i for i, clip in enumerate(batch["clips"]) if clip not in self.heard]:
+            for i, x, n in zip(new, *net.encoder(mel[new], lengths[new])):
+                self.heard[batch["clips"][i]] = x[:n].half()
+        hidden = [self.heard[clip] for clip in batch["clips"]]
+        return net.adapter(data.pad_stack(hidden).to(mel.dtype), (lengths + 1) // 2)
 
     def weight(self, batch: dict) -> int:
         """Target tokens, over which the loss is a mean: short and long samples weigh each alike."""
@@ -249,7 +263,7 @@ class Dialogue:
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
-        heard = self.module.hear(batch["mel"], batch["mel_lengths"]) if "mel" in batch else None
+        heard = self.hear(batch)
         asr = batch["part"] == PARTS.index("asr")
         if self.args.ctc and asr.any():
             words = [ids[here & (ids != self.tok.im_end)] for ids, here in zip(batch["ids"], asr)]
@@ -288,7 +302,7 @@ class Clip:
 class S3:
     """Supervised speech tokenizer: recognise the text through the codes (CTC over its bytes)."""
 
-    turns = ("model",)
+    turns, whisper = ("model",), ("conv", "blocks.", "tail.", "ln_post.")
 
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = replace(cfg.s3, vocab=256), args
@@ -342,6 +356,8 @@ class S3:
 
 class Voice:
     """Common to flow and vocoder: clips of 24 kHz speech, the token2wav file."""
+
+    whisper = ()
 
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = cfg, args
@@ -507,11 +523,12 @@ class Trainer:
         self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Parameter groups: a pre-trained encoder may learn at a share of the rate."""
-        encoder = set(getattr(self.trainee.module, "encoder", nn.Module()).parameters())
-        slow, fast = ([p for p in parameters if (p in encoder) == s] for s in (True, False))
+        """Parameter groups: what comes from Whisper may learn at a share of the rate."""
+        whisper = {p for name, p in self.trainee.module.named_parameters()
+                   if name.startswith(self.trainee.whisper)}
+        slow, fast = ([p for p in parameters if (p in whisper) == s] for s in (True, False))
         return [{"params": p, "scale": scale} for p, scale in
-                ((slow, self.args.encoder_lr), (fast, 1.0)) if p]
+                ((slow, self.args.whisper_lr), (fast, 1.0)) if p]
 
     def config(self) -> echat.Config:
         args = self.args
@@ -712,7 +729,8 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--warmup", type=int, default=8000)
     p.add_argument("--cooldown", type=int, default=0, help="last steps, over which lr falls to 0")
-    p.add_argument("--encoder-lr", type=float, default=1.0, help="the encoder's, x --lr")
+    p.add_argument("--whisper-lr", type=float, default=1.0,
+                   help="rate of the encoder, or of the tokenizer's blocks, x --lr")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
     p.add_argument("--weight-decay", type=float, default=0.01)
     p.add_argument("--clip", type=float, default=5.0)
