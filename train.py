@@ -227,6 +227,8 @@ class Dialogue:
         self.parameters = {"model": trainable(self.module, stage.trains)}
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         self.step = 0  # the loop's
+        self.letters = torch.tensor([bool(re.search(b"[A-Z]", self.tok.bytes_of(i)))
+                                     for i in range(cfg.decoder.vocab)])  # of a label, not its <>
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
@@ -263,22 +265,24 @@ class Dialogue:
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
-        heard = self.hear(batch)
-        asr = batch["part"] == PARTS.index("asr")
-        if self.args.ctc and asr.any():
-            words = [ids[here & (ids != self.tok.im_end)] for ids, here in zip(batch["ids"], asr)]
-            ctc = self.module.ctc(*heard, words, self.tok.fixed("<|endoftext|>")[0])
-            if self.step <= self.args.ctc_first:
-                return ctc, {"ctc": (ctc.detach(), 1)}
+        heard, spelled = self.hear(batch), {}
+        if heard and self.args.spell:
+            ids, part, told = batch["ids"], batch["part"], batch["targets"] != -100
+            asr = told & (part == PARTS.index("asr")) & (ids != self.tok.im_end)
+            cue = told & (part == PARTS.index("p")) & self.letters[ids.clamp(0, len(self.letters) - 1)]
+            words, labels = ([row[here] for row, here in zip(ids, mask)] for mask in (asr, cue))
+            spelled = self.module.spelled(*heard, words, labels,
+                                          self.tok.fixed("<|endoftext|>")[0])
+        extra = self.args.spell * sum(spelled.values())
+        stats = {name: (value.detach(), 1) for name, value in spelled.items()}
+        if spelled and self.step <= self.args.spell_first:
+            return extra, stats
         _, each = self.module(batch["ids"], attend=batch.get("attend"), targets=batch["targets"],
                               heard=heard)  # (n,)
         part = batch["part"][batch["targets"] != -100]  # the same order as the targets'
-        stats = {name: (each.detach()[part == i].sum(), (part == i).sum())
-                 for i, name in enumerate(PARTS)}
-        loss = each.sum() / len(each)
-        if self.args.ctc and asr.any():
-            loss, stats["ctc"] = loss + self.args.ctc * ctc, (ctc.detach(), 1)
-        return loss, stats
+        stats |= {name: (each.detach()[part == i].sum(), (part == i).sum())
+                  for i, name in enumerate(PARTS)}
+        return each.sum() / len(each) + extra, stats
 
     def save(self, folder: str) -> None:
         echat.save_weights(os.path.join(folder, "model.safetensors"), self.module)
@@ -737,8 +741,9 @@ def main() -> None:
     p.add_argument("--accum", type=int, default=4)
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
-    p.add_argument("--ctc", type=float, default=0.0, help="weight of CTC on the adapter's output")
-    p.add_argument("--ctc-first", type=int, default=0, help="first steps on CTC alone, no decoder")
+    p.add_argument("--spell", type=float, default=0.0,
+                   help="weight of the words and labels that the adapter's output tells by itself")
+    p.add_argument("--spell-first", type=int, default=0, help="first steps on that alone")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
