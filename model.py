@@ -306,31 +306,17 @@ class EChat(nn.Module):
         logits = self.decoder.logits(hidden[wanted != -100], "joint")  # (N, V+codes+1)
         return logits, F.cross_entropy(logits.float(), wanted[wanted != -100], reduction="none")
 
-    def spelled(self, speech: Tensor, lengths: Tensor, words: list[Tensor], labels: list[Tensor],
-                blank: int) -> dict[str, Tensor]:
-        """What adapter output (B, S, D) tells by itself, read off by the text table: `ctc`, the
-        CTC of the text ids `words`, and `cue`, the cross-entropy of the ids `labels` given the
-        mean over time. Either list has B entries, empty where nothing is known.
+    def ctc(self, speech: Tensor, lengths: Tensor, words: list[Tensor], blank: int) -> Tensor:
+        """CTC of the text ids `words` on adapter output (B, S, D), read off by the text table.
 
-        Not in the paper, whose LLM knows language: it draws what is said and how into the space
-        of text embeddings, so that a decoder of our own learns to listen in minutes. By cosine:
+        Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
+        what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
         the row of the blank is short, as nothing else trains it, and could never win by a product.
         """
-        rows, out = F.normalize(self.decoder.embed_tokens.weight, dim=-1), {}
-        real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
-        known = torch.tensor([len(w) > 0 for w in words])
-        if known.any():
-            logits = 20 * F.linear(F.normalize(speech[known], dim=-1), rows)  # (b, S, V)
-            sizes = torch.tensor([len(w) for w in words])[known]
-            out["ctc"] = F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1),
-                                    torch.cat(words), lengths[known], sizes, blank,
-                                    zero_infinity=True)
-        if len(wanted := torch.cat(labels)):
-            pooled = (speech * real[..., None]).sum(1) / lengths[:, None]  # (B, D)
-            logits = 20 * F.linear(F.normalize(pooled, dim=-1), rows)  # (B, V)
-            each = torch.repeat_interleave(torch.tensor([len(w) for w in labels]))
-            out["cue"] = F.cross_entropy(logits[each], wanted)
-        return out
+        rows = F.normalize(self.decoder.embed_tokens.weight, dim=-1)
+        logits = 20 * F.linear(F.normalize(speech, dim=-1), rows)  # (B, S, V)
+        return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
+                          torch.tensor([len(w) for w in words]), blank, zero_infinity=True)
 
     @staticmethod
     def shared(ids: Tensor, attend: Tensor | None, wanted: Tensor) -> int:

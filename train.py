@@ -32,7 +32,7 @@ import data
 import model as echat
 from data import BadInput, Mixture, Source, Tokenizer
 from encoder import SpeechTokenizer, load_whisper
-from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
+from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
 from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
     generator_loss, mel_loss, mel_spectrogram
 
@@ -82,6 +82,7 @@ class Sample:
     kind: what its prompt is. A batch is of one kind: its rows share the prompt, computed once.
     """
     kind: str
+    cues: list[int] = field(default_factory=lambda: [-100] * len(data.LABELS))  # known labels
     ids: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     part: list[int] = field(default_factory=list)
@@ -158,6 +159,10 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         user = echat.user_prompt(wanted)
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
+        given = [t[1:-1] for t in TAG.findall(txt)]
+        for name, value in zip([w for w in ASKED if w in wanted and w != "asr"], given):
+            if value in data.LABELS[name]:
+                sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
         words = len(TAG.split(txt)[0].encode())
         at = 0
         for token in tok.encode(txt):
@@ -225,17 +230,20 @@ class Dialogue:
         if args.whisper:
             self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": trainable(self.module, stage.trains)}
+        if args.ear:
+            values = sum(map(len, data.LABELS.values()))
+            self.module.cues = nn.Linear(cfg.adapter.d_out, values)
+            self.parameters["model"] += self.module.cues.parameters()
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         self.step = 0  # the loop's
-        self.letters = torch.tensor([bool(re.search(b"[A-Z]", self.tok.bytes_of(i)))
-                                     for i in range(cfg.decoder.vocab)])  # of a label, not its <>
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
         batch = {"ids": data.pad_stack([torch.tensor(s.ids) for s in samples]),
                  "targets": data.pad_stack([torch.tensor(s.targets) for s in samples], -100),
-                 "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1)}
+                 "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1),
+                 "cues": torch.tensor([s.cues for s in samples])}
         if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
             batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
         if clips := [clip for s in samples for clip in s.audio]:
@@ -265,17 +273,9 @@ class Dialogue:
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
-        heard, spelled = self.hear(batch), {}
-        if heard and self.args.spell:
-            ids, part, told = batch["ids"], batch["part"], batch["targets"] != -100
-            asr = told & (part == PARTS.index("asr")) & (ids != self.tok.im_end)
-            cue = told & (part == PARTS.index("p")) & self.letters[ids.clamp(0, len(self.letters) - 1)]
-            words, labels = ([row[here] for row, here in zip(ids, mask)] for mask in (asr, cue))
-            spelled = self.module.spelled(*heard, words, labels,
-                                          self.tok.fixed("<|endoftext|>")[0])
-        extra = self.args.spell * sum(spelled.values())
-        stats = {name: (value.detach(), 1) for name, value in spelled.items()}
-        if spelled and self.step <= self.args.spell_first:
+        heard = self.hear(batch)
+        extra, stats = self.ear(*heard, batch) if heard and self.args.ear else (0.0, {})
+        if stats and self.step <= self.args.ear_first:
             return extra, stats
         _, each = self.module(batch["ids"], attend=batch.get("attend"), targets=batch["targets"],
                               heard=heard)  # (n,)
@@ -284,8 +284,31 @@ class Dialogue:
                   for i, name in enumerate(PARTS)}
         return each.sum() / len(each) + extra, stats
 
+    def ear(self, speech: Tensor, lengths: Tensor, batch: dict) -> tuple[Tensor, dict]:
+        """What the adapter's output must tell by itself: the words by CTC, the labels by a linear
+        layer on its mean over time. Not in the paper: a decoder that is no real LLM learns from
+        its own loss to listen only after very many examples."""
+        ids, here = batch["ids"], batch["part"] == PARTS.index("asr")
+        here &= ids != self.tok.im_end
+        extra, stats, said = 0.0, {}, here.any(1)  # (B,)
+        if said.any():
+            words = [row[mask] for row, mask in zip(ids[said], here[said])]
+            ctc = self.module.ctc(speech[said], lengths[said], words,
+                                  self.tok.fixed("<|endoftext|>")[0])
+            extra, stats["ctc"] = ctc, (ctc.detach(), 1)
+        real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
+        mean = (speech * real[..., None]).sum(1) / lengths[:, None]
+        logits = self.module.cues(nn.functional.rms_norm(mean, mean.shape[1:]))  # (B, 20)
+        for i, part in enumerate(logits.split([len(v) for v in data.LABELS.values()], 1)):
+            if (known := batch["cues"][:, i] >= 0).any():
+                loss = nn.functional.cross_entropy(part[known], batch["cues"][known, i])
+                extra, name = extra + loss, f"cue_{ASKED[i + 1]}"
+                stats[name] = (loss.detach() * known.sum(), known.sum())
+        return self.args.ear * extra, stats
+
     def save(self, folder: str) -> None:
-        echat.save_weights(os.path.join(folder, "model.safetensors"), self.module)
+        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith("cues.")}
+        echat.save_weights(os.path.join(folder, "model.safetensors"), kept)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -741,9 +764,9 @@ def main() -> None:
     p.add_argument("--accum", type=int, default=4)
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
-    p.add_argument("--spell", type=float, default=0.0,
+    p.add_argument("--ear", type=float, default=0.0,
                    help="weight of the words and labels that the adapter's output tells by itself")
-    p.add_argument("--spell-first", type=int, default=0, help="first steps on that alone")
+    p.add_argument("--ear-first", type=int, default=0, help="first steps on that alone")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
