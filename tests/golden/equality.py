@@ -69,8 +69,9 @@ def ct2_files() -> dict[str, list[str]]:
             "real base": base}
 
 
-TO_HF = (("blocks.", "layers."), ("attn_ln", "self_attn_layer_norm"), ("mlp_ln", "final_layer_norm"),
-         ("attn.query", "self_attn.q_proj"), ("attn.key", "self_attn.k_proj"), ("mlp.0", "fc1"),
+TO_HF = (("blocks.", "layers."), ("attn_ln", "self_attn_layer_norm"),
+         ("mlp_ln", "final_layer_norm"), ("mlp.0", "fc1"),
+         ("attn.query", "self_attn.q_proj"), ("attn.key", "self_attn.k_proj"),
          ("attn.value", "self_attn.v_proj"), ("attn.out", "self_attn.out_proj"), ("mlp.2", "fc2"),
          ("ln_post", "layer_norm"))
 
@@ -88,7 +89,8 @@ def openai_hidden(state: dict, cfg: encoder.EncoderConfig, mel: torch.Tensor):
     model = AudioEncoder(cfg.n_mels, 1500, cfg.d_model, cfg.n_heads, cfg.n_layers).eval()
     model.load_state_dict(state | {"positional_embedding": model.positional_embedding})
     file = {f"encoder.{k}": v for k, v in model.state_dict().items()}
-    model.positional_embedding = model.positional_embedding[:len(mel) // 2]  # else it insists on 30 s
+    # or it insists on 30 s
+    model.positional_embedding = model.positional_embedding[:len(mel) // 2]
     return file, model(mel.T[None])
 
 
@@ -116,7 +118,8 @@ def whispers() -> None:
               for name, files in ct2_files().items()}
     states = {name: {k.removeprefix("encoder."): v for k, v in state.items()}
               for name, state in states.items()}
-    for name, mels, size in (("medium", 80, (1024, 16, 24)), ("large-v3, 4 layers", 128, (1280, 20, 4))):
+    for name, mels, size in (("medium", 80, (1024, 16, 24)),
+                             ("large-v3 of 4 layers", 128, (1280, 20, 4))):
         state = originals.lively(AudioEncoder(mels, 1500, *size)).state_dict()
         del state["positional_embedding"]
         states[f"random {name}"] = state
@@ -140,6 +143,11 @@ def whispers() -> None:
 def s3() -> None:
     for rate in (25, 50):
         theirs = originals.s3(rate)
+        mel = encoder.log_mel(read_wave(WAVS[-1]), 128)[:400]
+        hidden = theirs.encoder(mel.T[None], torch.tensor([400]))[0][0]  # codes where features are
+        near = hidden[torch.randint(len(hidden), (4096,))]
+        near = near + 0.5 * hidden.std(0) * torch.randn(4096, 1280)
+        theirs.quantizer._codebook.embed.copy_(torch.nn.functional.normalize(near, dim=-1))
         ours = encoder.released_s3(theirs.state_dict(), rate)
         same = total = 0
         for wav in WAVS[:4]:
@@ -213,6 +221,7 @@ PARTS = {f.__name__: f for f in (logmel, fbank, whispers, s3, flows, hifts, hifi
 
 if __name__ == "__main__":
     originals.sources(sys.argv[1])
-    print("| part, original | weights | largest difference | std of the original |\n|---|---|---|---|")
+    print("| part, original | weights | largest difference | std of the original |")
+    print("|---|---|---|---|")
     for name in sys.argv[2:] or PARTS:
         PARTS[name]()

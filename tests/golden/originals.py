@@ -1,7 +1,7 @@
 """The original implementations, as make.py and equality.py run them: their code, random weights.
 
-`sources(DIR)` first: DIR holds checkouts of CosyVoice, Matcha-TTS, hifi-gan and S3Tokenizer by these
-names. Packages they import without using them here are replaced by stand-ins.
+`sources(DIR)` first: DIR holds checkouts of CosyVoice, Matcha-TTS, hifi-gan and S3Tokenizer under
+these names. Packages they import without using them here are replaced by stand-ins.
 """
 
 import sys
@@ -12,7 +12,8 @@ from unittest.mock import MagicMock
 import torch
 
 STAND_INS = ("torchaudio", "torchaudio.compliance", "torchaudio.compliance.kaldi", "omegaconf",
-             "torchaudio.transforms", "conformer", "matcha.utils", "matcha.utils.pylogger")
+             "torchaudio.transforms", "conformer", "matcha.utils", "matcha.utils.pylogger",
+             "matplotlib", "matplotlib.pylab", "numba")
 
 
 def sources(folder: str) -> None:
@@ -83,8 +84,11 @@ def flow_mel(model, codes, spk, prompt_codes, prompt_mel, noise):
 def hift(channels: int = 512, mels: int = 80):
     from cosyvoice.hifigan.f0_predictor import ConvRNNF0Predictor
     from cosyvoice.hifigan.generator import HiFTGenerator
-    return lively(HiFTGenerator(mels, channels, f0_predictor=ConvRNNF0Predictor(
+    model = lively(HiFTGenerator(mels, channels, f0_predictor=ConvRNNF0Predictor(
         1, mels, channels)))
+    for p in model.conv_post.parameters():  # else the wave is clipped nearly everywhere
+        p.data *= 0.3
+    return model
 
 
 def hifigan(config: dict):
