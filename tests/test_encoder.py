@@ -342,7 +342,8 @@ def graph_of(weights: dict, stride: int) -> SimpleNamespace:
     nodes, initializers = [], []
 
     def node(op_type, name, *arrays, attribute=()):
-        inputs = ["input"] + [f"onnx::{op_type}_{len(initializers) + i}" for i in range(len(arrays))]
+        first = len(initializers)
+        inputs = ["input"] + [f"onnx::{op_type}_{first + i}" for i in range(len(arrays))]
         initializers.extend(SimpleNamespace(name=n, array=np.asarray(a))
                             for n, a in zip(inputs[1:], arrays))
         nodes.append(SimpleNamespace(op_type=op_type, name=name, input=inputs, attribute=attribute))
@@ -392,7 +393,7 @@ def test_onnx_missing_or_another_file(monkeypatch):
     def load(path):
         raise RuntimeError("Error parsing message\nat byte 0")
     monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(load=load))
-    with pytest.raises(ValueError, match=r"^x.onnx: expected an ONNX graph \(Error parsing message"):
+    with pytest.raises(ValueError, match=r"^x.onnx: expected an ONNX graph \(Error parsing mess"):
         read_onnx("x.onnx")
     empty = SimpleNamespace(graph=SimpleNamespace(node=[], initializer=[]))
     monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(load=lambda path: empty))

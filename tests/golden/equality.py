@@ -143,8 +143,8 @@ def whispers() -> None:
 def s3() -> None:
     for rate in (25, 50):
         theirs = originals.s3(rate)
-        mel = encoder.log_mel(read_wave(WAVS[-1]), 128)[:400]
-        hidden = theirs.encoder(mel.T[None], torch.tensor([400]))[0][0]  # codes where features are
+        mel = encoder.log_mel(read_wave(WAVS[-1]), 128)  # its codes shall be where features are
+        hidden = theirs.encoder(mel.T[None], torch.tensor([len(mel)]))[0][0]
         near = hidden[torch.randint(len(hidden), (4096,))]
         near = near + 0.5 * hidden.std(0) * torch.randn(4096, 1280)
         theirs.quantizer._codebook.embed.copy_(torch.nn.functional.normalize(near, dim=-1))
@@ -210,7 +210,7 @@ def hifigans() -> None:
         for name, (version, path) in files.items():
             config = json.loads((Path(folder) / f"config_v{version}.json").read_text())
             theirs = originals.hifigan(config)
-            theirs.load_state_dict(torch.load(path, weights_only=True)["generator"])
+            theirs.load_state_dict(torch.load(path, "cpu", weights_only=True)["generator"])
             ours = vocoder.load_hifigan(str(path))
             wave = read_wave(WAVS[0], 22050)[:44100]
             mel = vocoder.mel_spectrogram(wave[None], ours.cfg)

@@ -4,6 +4,7 @@
 these names. Packages they import without using them here are replaced by stand-ins.
 """
 
+import importlib.machinery
 import sys
 import types
 from pathlib import Path
@@ -21,7 +22,8 @@ def sources(folder: str) -> None:
     sys.path[:0] = [str(root / name) for name in ("CosyVoice", "Matcha-TTS", "S3Tokenizer",
                                                   "hifi-gan")]
     for name in STAND_INS:
-        sys.modules[name] = MagicMock(name=name)
+        spec = importlib.machinery.ModuleSpec(name, None)
+        sys.modules[name] = MagicMock(name=name, __spec__=spec)
     sys.modules["conformer"].ConformerBlock = torch.nn.Module
     # the package's __init__ fetches weights and reads sound files: take its modules only
     package = types.ModuleType("s3tokenizer")
