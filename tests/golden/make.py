@@ -54,8 +54,9 @@ def save(name: str, weights: dict, results: dict):
 
 
 def rounded(module: torch.nn.Module) -> torch.nn.Module:
-    for w in [*module.parameters(), *module.buffers()]:
-        w.data = w.data.to(torch.float8_e4m3fn).float()
+    for name, w in [*module.named_parameters(), *module.named_buffers()]:
+        if "positional" not in name:
+            w.data = w.data.to(torch.float8_e4m3fn).float()
     return module
 
 
