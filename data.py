@@ -7,6 +7,7 @@ format, one record a line: key, wav (relative to the list), txt, task, extra {..
     python data.py tokenizer --text corpus/texts.txt --vocab 2048 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py voice WAV ... --model assets/mini --out voice.safetensors
+    python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
     python data.py check LIST                    # lint a list, count hours and labels
 
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
@@ -1247,6 +1248,54 @@ def make_voice(wavs: list[str], folder: str, out: str) -> None:
                        "prompt_mel": mels[0][None, :4 * frames]})
 
 
+@torch.inference_mode()
+def released_voice(wav: str, s3_file: str, speaker: str, out: str, rate: int = 25) -> None:
+    """A voice file for the released CosyVoice-300M: codes of S3 v1 (a .pt as S3Tokenizer names its
+    weights, or the .onnx), mel at 22,050 Hz, the vector of campplus.onnx."""
+    from encoder import read_onnx, released_s3
+    from model import BadCheckpoint, read_weights, save_weights
+    from vocoder import hift, mel_spectrogram
+    wave = read_wave(wav)
+    if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
+        raise BadInput(f"{wav}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
+    try:
+        spk = speaker_vector(wave, speaker)  # first: it fails sooner than a large file loads
+        if s3_file.endswith(".onnx"):
+            weights, rate = read_onnx(s3_file)
+        else:
+            weights = read_weights(s3_file)
+        s3 = released_s3(weights, rate)
+    except BadCheckpoint:
+        raise
+    except ValueError as e:
+        name = "" if str(e).startswith((s3_file, speaker)) else f"{s3_file}: expected S3 v1; "
+        raise BadCheckpoint(f"{name}{e}") from None
+    mel = log_mel(wave, s3.cfg.n_mels)[None]
+    codes, _ = s3.encode(mel, torch.tensor([mel.shape[1]]))
+    cfg = hift()
+    save_weights(out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel_spectrogram(
+        read_wave(wav, cfg.sample_rate)[None], cfg)})
+
+
+def speaker_vector(wave: Tensor, path: str) -> Tensor:
+    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). ValueError in one line."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise ValueError(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
+                         ) from None
+    if not os.path.exists(path):
+        raise ValueError(f"{path}: no such file")
+    from encoder import fbank
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
+        return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
+    except Exception as e:  # onnxruntime's errors have no public base
+        raise ValueError(f"{path}: expected campplus.onnx ({str(e).splitlines()[0][:150]})"
+                         ) from None
+
+
 def protocol_texts(times: int = 300) -> list[str]:
     """Prompts, think template and tags, often enough that the BPE makes short work of them."""
     from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
@@ -1302,7 +1351,11 @@ def main() -> None:
     c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
     c = commands.add_parser("voice", help="make a voice file")
     c.add_argument("wavs", nargs="+")
-    c.add_argument("--model", required=True)
+    c.add_argument("--model", help="our checkpoint folder; for the released one, instead:")
+    c.add_argument("--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    c.add_argument("--speaker", help="campplus.onnx")
+    c.add_argument("--rate", type=int, choices=(25, 50), default=25,
+                   help="codes a second, where --s3 does not tell (.onnx does)")
     c.add_argument("--out", required=True)
     c = commands.add_parser("check", help="lint lists")
     c.add_argument("lists", nargs="+")
@@ -1324,7 +1377,12 @@ def run(args: argparse.Namespace) -> None:
     elif args.command == "tokens":
         tokens(args.lists, args.model)
     elif args.command == "voice":
-        make_voice(args.wavs, args.model, args.out)
+        if args.model and not (args.s3 or args.speaker):
+            make_voice(args.wavs, args.model, args.out)
+        elif args.s3 and args.speaker and not args.model and len(args.wavs) == 1:
+            released_voice(args.wavs[0], args.s3, args.speaker, args.out, args.rate)
+        else:
+            raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
     elif args.command == "check":
         for path in args.lists:
             print(path, json.dumps(check(path), indent=1, ensure_ascii=False))

@@ -57,6 +57,27 @@ def log_mel(wave: Tensor, n_mels: int = 80) -> Tensor:
     return ((logs + 4) / 4).T  # (T, n_mels)
 
 
+def fbank(wave: Tensor, n_mels: int = 80) -> Tensor:
+    """Kaldi's log-mel of a 16 kHz wave (N,), N >= 400, less its mean over time -> (T, n_mels).
+
+    What a speaker model of that tradition (CAM++) hears: no padding, no dither; each frame of its
+    own mean and pre-emphasis; filters from 20 Hz, triangles on the mel scale itself."""
+    if wave.dim() != 1 or len(wave) < N_FFT:
+        raise ValueError(f"fbank: shape {tuple(wave.shape)} is not a wave of 400 samples or more")
+    frames = wave.float().unfold(0, N_FFT, HOP)  # (T, 400)
+    frames = frames - frames.mean(1, keepdim=True)
+    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], 1)
+    window = torch.hann_window(N_FFT, periodic=False, device=wave.device) ** 0.85  # Povey's
+    power = torch.fft.rfft(frames * window, 512).abs().square()  # (T, 257)
+    mels = 1127 * torch.log1p(torch.linspace(0, SAMPLE_RATE / 2, 257, dtype=torch.float64) / 700)
+    first, last = (1127 * math.log1p(hz / 700) for hz in (20, SAMPLE_RATE / 2))
+    edges = torch.linspace(first, last, n_mels + 2, dtype=torch.float64)
+    rise = (mels - edges[:-1, None]) / edges.diff()[:, None]  # (n_mels + 1, 257)
+    filters = torch.minimum(rise[:-1], 1 - rise[1:]).clamp(min=0).float().to(wave.device)
+    logs = (power @ filters.T).clamp(min=torch.finfo(torch.float32).eps).log()
+    return logs - logs.mean(0)
+
+
 # ---- primitives --------------------------------------------------------------------------------
 
 def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tensor:
@@ -390,9 +411,67 @@ def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """S3 v1 under S3Tokenizer's names -> state dict of a SpeechTokenizer with vocab=0, pool=1 and
     conv1_stride=2 (the 25 Hz file; the 50 Hz one has the same shapes and stride 1)."""
     found = rename(state)
-    embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
     with torch.device("meta"):
-        own = SpeechTokenizer(TokenizerConfig(**sizes(found), codes=len(embed))).state_dict()
-    averages = {"codebook.counts": torch.ones(len(embed)),  # the state of training: not released
-                "codebook.fitted": torch.tensor(True)}
+        own = SpeechTokenizer(s3_config(found)).state_dict()
+    averages = {"codebook.counts": torch.ones(len(own["codebook.embed"])),  # of training: not
+                "codebook.fitted": torch.tensor(True)}                      # released
     return checked(found, {k: v for k, v in own.items() if k not in averages}) | averages
+
+
+def s3_config(found: dict[str, tuple[str, Tensor]], stride: int = 2) -> TokenizerConfig:
+    embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
+    return TokenizerConfig(**sizes(found), conv1_stride=stride, pool=1, codes=len(embed))
+
+
+def released_s3(state: dict[str, Tensor], rate: int = 25) -> SpeechTokenizer:
+    """S3 v1 under S3Tokenizer's names -> the tokenizer, ready to encode. The weights do not tell
+    whether they make 25 or 50 codes a second."""
+    with torch.device("meta"):
+        model = SpeechTokenizer(s3_config(rename(state), stride=50 // rate))
+    model.load_state_dict(load_s3(state), assign=True)
+    return model.eval()
+
+
+# The exporter kept the names of modules for the nodes of the graph, but not for all weights: the
+# operation that uses a weight tells which one it is. (A LayerNorm is spelt out: its Add_1 adds.)
+ONNX_OPS = {"MatMul": "weight", "Mul": "weight", "Add": "bias", "Add_1": "bias"}
+
+
+def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
+    """speech_tokenizer_v1.onnx -> its weights under S3Tokenizer's names, and its codes a second.
+
+    ValueError in one line if it is not such a file or the package onnx is not installed."""
+    try:
+        import onnx
+    except ImportError:
+        raise ValueError(f"{path}: to read this, install onnx (pip install onnx)") from None
+    try:
+        graph = onnx.load(path).graph
+    except Exception as e:  # protobuf's own errors have no public name
+        raise ValueError(f"{path}: expected an ONNX graph ({str(e).splitlines()[0]})") from None
+    arrays = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy())
+              for w in graph.initializer}
+    state, convs = {}, [node for node in graph.node if node.op_type == "Conv"]
+    for node in graph.node:
+        inputs = [(name, arrays[name]) for name in node.input if name in arrays]
+        inputs = [(n, w) for n, w in inputs if w.is_floating_point() and w.numel() > 1]
+        module, _, op = re.sub(r"^/(encoders?/)?", "", node.name).rpartition("/")
+        module = module.replace("/mlp/mlp.", "/mlp/").replace("/", ".")
+        for i, (name, w) in enumerate(inputs):
+            if node.op_type == "Conv":
+                key = f"conv{convs.index(node) + 1}." + ("weight", "bias")[i]
+            elif node.op_type == "LayerNormalization":
+                key = f"{module}." + ("weight", "bias")[i]
+            elif "positional_embedding" in name:
+                key = "positional_embedding"
+            else:
+                key = f"{module}.{ONNX_OPS.get(op, op)}"
+            w = w.T.contiguous() if w.dim() == 2 and op == "MatMul" else w
+            if "codebook" not in node.name:
+                state["encoder." + key] = w
+            elif w.dim() == 2 and min(w.shape) > 1:  # not |e|^2, should that be stored
+                state["quantizer._codebook.embed"] = w if op == "MatMul" else w.T.contiguous()
+    strides = [a.ints[0] for node in convs[:1] for a in node.attribute if a.name == "strides"]
+    if not strides or "quantizer._codebook.embed" not in state:
+        raise ValueError(f"{path}: expected S3 v1, found an ONNX graph without its codebook")
+    return state, 50 // strides[0]

@@ -5,7 +5,7 @@ A token encoder turns codes into a coarse mel `mu`; a U-Net predicts the velocit
 Gaussian noise to the real mel, given mu, a speaker vector and a stretch of known mel (the prompt).
 One set of classes, two shapes:
   FlowConfig()             mini: causal, attention of bounded reach, 4 frames a code; streams
-  FlowConfig.cosyvoice1()  the released CosyVoice-300M-25Hz: full context, U-Net at two rates
+  FlowConfig.cosyvoice1()  the released CosyVoice-300M(-25Hz): full context, U-Net at two rates
 
 Legend: B batch, L codes, T mel frames, S keys in reach, D width, M mel bins, H heads of width hd.
 All features are time-major (B, T, D). References: Lipman et al. 2022 (flow matching), Matcha-TTS
@@ -253,11 +253,12 @@ class FlowConfig:
     spread: float = 0.4  # ours: how far mel is from mu, in mel_std; 0 as in CosyVoice: not said
 
     @classmethod
-    def cosyvoice1(cls, codes: int = 4096) -> "FlowConfig":
-        """CosyVoice-300M-25Hz: 104,874,752 parameters; mel at 22,050 Hz, hop 256, as it is."""
+    def cosyvoice1(cls, codes: int = 4096, rate: int = 25) -> "FlowConfig":
+        """CosyVoice-300M-25Hz, or CosyVoice-300M (rate=50), which has the same 104,874,752
+        parameters; mel at 22,050 Hz, hop 256, as it is."""
         return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
                    channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
-                   chunk=0, left_chunks=0, frames_per_code=22050 / 256 / 25,
+                   chunk=0, left_chunks=0, frames_per_code=22050 / 256 / rate,
                    mel_mean=0.0, mel_std=1.0, spread=0.0)
 
     @property
@@ -589,7 +590,7 @@ def released_to_ours(key: str) -> str:
 
 
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A released flow.pt (25 Hz) as state dict of Flow(FlowConfig.cosyvoice1()). ValueError
+    """A released flow.pt (25 or 50 Hz) as state dict of Flow(FlowConfig.cosyvoice1()). ValueError
     naming a key that is unknown, missing or of another shape."""
     with torch.device("meta"):
         own = Flow(FlowConfig.cosyvoice1()).state_dict()

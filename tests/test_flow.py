@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import flow
 from flow import Flow, FlowConfig, load_cosyvoice1, noise
@@ -331,3 +333,23 @@ def test_against_the_released_code():
               0.5099, -0.3844]
     assert mel.shape == (1, 155, 80)
     torch.testing.assert_close(mel.flatten()[::1039], torch.tensor(golden), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [25, 50])
+def test_a_released_file_gives_the_released_mel(monkeypatch, rate):
+    """tests/golden/make.py: weights under the released names, at both rates of codes."""
+    held = load_file(Path(__file__).parent / "golden" / "flow_tiny.safetensors")
+    results = {k: held.pop(k).float() for k in ("noise", "mel.25", "mel.50", "spk", "prompt_mel")}
+    codes, prompt_codes = held.pop("codes"), held.pop("prompt_codes")
+    tiny = replace(FULL, enc_layers=1, channels=(8, 8), mid=1, tf=1)
+    monkeypatch.setattr(FlowConfig, "cosyvoice1", lambda: tiny)
+    monkeypatch.setattr(flow, "noise", lambda seed, a, b, mel: results["noise"][:, a:b])
+    model = Flow(replace(tiny, frames_per_code=22050 / 256 / rate)).eval()
+    model.load_state_dict(load_cosyvoice1({k: w.float() for k, w in held.items()}))
+    mel = model.generate(codes, results["spk"], prompt_codes, results["prompt_mel"])
+    torch.testing.assert_close(mel, results[f"mel.{rate}"], atol=1e-4, rtol=0)
+
+
+def test_both_released_rates():
+    assert FlowConfig.cosyvoice1().frames(100) == 344
+    assert FlowConfig.cosyvoice1(rate=50).frames(100) == 172

