@@ -489,9 +489,9 @@ def released_config() -> echat.Config:
                               ffn=48, codes=CODES))
 
 
-def released() -> tuple[EChat, dict]:
+def released(cfg: echat.Config | None = None) -> tuple[EChat, dict]:
     """A model, and its weights as the released file holds them."""
-    model, theirs = lively(EChat(released_config()), 0.2), {}
+    model, theirs = lively(EChat(cfg or released_config()), 0.2), {}
     for name, value in model.state_dict().items():
         for ours, their in THEIRS:
             name = re.sub(ours, their, name)
@@ -637,3 +637,82 @@ def test_parts_that_do_not_fit(tmp_path, tokenizer_folder, capsys, monkeypatch, 
         echat.main()
     told = capsys.readouterr().err
     assert end.value.code == 2 and words in told and told.count("\n") == 1, told
+
+
+# ---- equal to the released code (tests/golden/osum_echat.py ran it) ----------------------------
+
+@pytest.fixture(scope="module")
+def golden():
+    path = GOLDEN / "osum_echat.safetensors"
+    if not path.exists():
+        pytest.skip("tests/golden/osum_echat.py has not been run")
+    return echat.read_weights(str(path))
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """Our model, from the file that the released code would load."""
+    import golden_osum
+    path = tmp_path_factory.mktemp("osum") / "language_think_final.pt"
+    torch.save(golden_osum.weights(), path)
+    return load_echat(str(path)).requires_grad_(False)
+
+
+def test_hears_as_the_released_code(golden, twin):
+    import golden_osum
+    for i, heard in enumerate(golden_osum.mels()):
+        speech, _ = twin.hear(heard[None], torch.tensor([len(heard)]))
+        torch.testing.assert_close(speech[0], golden[f"hear.{i}"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["text", "s2t_chat", "s2t_chat_think", "text2text", "text2token",
+                                  "text2token_streaming", "speech2text_token",
+                                  "speech2text_token_think", "speech2text_token_streaming"])
+def test_trains_as_the_released_code(golden, twin, tok, task):
+    """Label ids, last hidden states, loss. Two differences are meant: the softmax of their text
+    tasks is over text alone, and their tts also trains the opening of speech, which the prompt of
+    generation holds."""
+    import golden_osum as g
+    name, text = g.TASKS[task]
+    cfg, heard = twin.cfg.decoder, g.mels()[0]
+    answer = [*tok.encode(text), tok.im_end]
+    speech = [cfg.vocab + c for c in (CODES, *g.codes(), CODES)]
+    if task.endswith("streaming"):
+        answer = [i for _, block in interleave(answer, speech) for i in block]
+    elif "token" in task:
+        answer = speech[1:] if name == "tts" else answer + speech
+    spoken = not name.startswith("t")
+    words = {"understand": g.USER, "t2t": g.QUESTION, "tts": g.TEXT, "tts_stream": g.TEXT}
+    ids = prompt(name, tok, cfg, EChat.audio_slots(len(heard)) if spoken else 0,
+                 words.get(name, ""))
+    seen = [i not in tok.unknown for i in answer]
+    targets = [-100] * len(ids) + [i if s else -100 for i, s in zip(answer, seen)]
+    theirs = golden[f"{task}.targets"].tolist()
+    if name == "tts":
+        assert theirs[len(ids) - 2] == speech[0]
+        theirs[len(ids) - 2] = -100
+    assert targets[1:] == theirs
+    attend = torch.tensor([[True] * len(ids) + seen])
+    row = torch.tensor([ids + [i if s else 0 for i, s in zip(answer, seen)]])
+    mel = (heard[None], torch.tensor([len(heard)])) if spoken else (None, None)
+    x = twin.embed(row, *(twin.hear(*mel) if spoken else (None, None)))
+    hidden = twin.decoder(x, mask=attend)
+    torch.testing.assert_close(hidden[0, -4:], golden[f"{task}.hidden"], atol=1e-4, rtol=1e-4)
+    logits = twin.decoder.logits(hidden, "joint")
+    if "token" not in task:
+        logits = logits[..., :cfg.vocab]  # their text tasks know no speech
+    aim = golden[f"{task}.targets"]
+    torch.testing.assert_close(F.cross_entropy(logits[0, :-1], aim), golden[f"{task}.loss"],
+                               atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["s2t", "s2s", "s2s_think", "tts", "t2t"])
+def test_generates_as_the_released_code(golden, twin, tok, task):
+    import golden_osum as g
+    want = golden[f"{task}.tokens"].tolist()
+    heard = None if task in ("tts", "t2t") else g.mels()[0]
+    text = {"tts": g.TEXT, "t2t": g.QUESTION}.get(task, "")
+    how = {"text": Sampling(repetition=1.05 if task == "s2t" else 1.0), "speech": Sampling()}
+    got = twin.answer(tok, task.split("_")[0], heard, text, think=task.endswith("think"), how=how,
+                      max_tokens=len(want))
+    assert [token for _, token in got] == want
