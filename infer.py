@@ -1,10 +1,12 @@
-"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
+r"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
 
     python infer.py question.wav                     # writes question.reply.wav
     python infer.py question.wav --stream --out -    # raw 16-bit PCM on stdout, for a player
     python infer.py --task tts --text "Hello there." --out hello.wav
     python infer.py question.wav --task understand --labels asr,emotion,age
     python infer.py --interactive                    # several turns, one wav path a line
+    python infer.py question.wav --model language_think_final.pt --tokenizer Qwen2.5-3B-Instruct \
+        --token2wav CosyVoice-300M-25Hz --voice v.safetensors       # the released weights
 
 Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything else.
 """
@@ -37,20 +39,45 @@ EMOTION = re.compile(r"^<([^<>]+)>\s*")
 class Chatbot:
     """A loaded checkpoint with everything a turn needs."""
 
-    def __init__(self, args):
+    def __init__(self, args, tokenizer: str | None = None, token2wav: str | None = None):
+        """tokenizer, token2wav: folders that hold these, where the checkpoint does not."""
         start = time.time()
         self.args, self.device = args, pick_device(args.device)
-        self.tok = Tokenizer(args.model)
-        self.model = echat.load_echat(args.model, self.device)
-        rows = self.model.cfg.decoder.vocab
-        if self.tok.n_vocab > rows:
-            raise BadCheckpoint(f"{args.model}: tokenizer.json has {self.tok.n_vocab} tokens, the "
-                                f"model {rows}")
+        released = echat.osum_file(args.model)
+        if released and not tokenizer:
+            raise BadCheckpoint(f"{args.model}: has no tokenizer; give --tokenizer, the folder of "
+                                "Qwen2.5-3B-Instruct with tokenizer.json")
+        if args.model in echat.PRESETS and not os.path.exists(args.model):
+            raise BadCheckpoint(f"--model {args.model}: no such folder; make it: python model.py "
+                                f"{args.model} --whisper FILE --llm DIR {args.model}")
+        self.tok = Tokenizer(tokenizer or args.model)
         self.voice = None
         if args.task in ("s2s", "tts"):
-            self.voice = echat.load_token2wav(args.model, args.voice, self.device)
+            self.voice = self.load_voice(token2wav or (None if released else args.model))
             self.start = functools.lru_cache(maxsize=1)(self.voice.start)  # the prompt, once
+        self.model = echat.load_echat(args.model, self.device)
+        cfg = self.model.cfg
+        if self.tok.n_vocab > cfg.decoder.vocab:
+            raise BadCheckpoint(f"{tokenizer or args.model}: tokenizer.json has {self.tok.n_vocab} "
+                                f"tokens, the model {cfg.decoder.vocab}")
+        if self.voice:
+            cfg.flow, cfg.vocoder = self.voice.cfg.flow, self.voice.cfg.vocoder
+            if cfg.flow.codes != cfg.decoder.codes:
+                raise BadCheckpoint(f"{token2wav}: speaks {cfg.flow.codes} codes, the model "
+                                    f"{cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
+
+    def load_voice(self, folder: str | None) -> echat.Token2Wav:
+        """Our token2wav, or the released one if the folder holds its flow.pt."""
+        args = self.args
+        if folder is None:
+            raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
+                                "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
+        if not os.path.exists(os.path.join(folder, "flow.pt")):
+            return echat.load_token2wav(folder, args.voice, self.device)
+        if not args.voice:
+            raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
+        return echat.load_cosyvoice(folder, args.voice, self.device)
 
     def hear(self, path: str) -> torch.Tensor:
         """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
@@ -234,7 +261,10 @@ def arguments() -> argparse.Namespace:
         description="Talk to EChat: a wav in, a think and a spoken reply out.")
     p.error = lambda message: p.exit(2, f"infer.py: {message}\n")  # one line, without the usage
     p.add_argument("wavs", nargs="*", metavar="question.wav")
-    p.add_argument("--model", default=os.path.join(HERE, "assets", "mini"), help="checkpoint folder")
+    p.add_argument("--model", default=os.path.join(HERE, "assets", "mini"),
+                   help="checkpoint folder, or a released OSUM-EChat file (.pt)")
+    p.add_argument("--tokenizer", help="folder with tokenizer.json, if --model is a released file")
+    p.add_argument("--token2wav", help="folder with flow.pt and hift.pt of CosyVoice-300M-25Hz")
     p.add_argument("--task", default="s2s", choices=("s2s", "s2t", "t2t", "tts", "understand"))
     p.add_argument("--text", default="", help="the question (t2t) or the words to speak (tts)")
     p.add_argument("--labels", default="asr,age,gender,emotion,event", help="for understand")
@@ -294,7 +324,7 @@ def main() -> None:
     args = arguments()
     failed = False
     try:
-        bot = Chatbot(args)
+        bot = Chatbot(args, args.tokenizer, args.token2wav)
         if args.out and args.out.endswith("/"):
             os.makedirs(args.out, exist_ok=True)
         for wav in turns(args):

@@ -2,7 +2,10 @@
 
 Puts encoder, adapter and decoder together; holds the prompt of every task (one function, used by
 training and by generation alike), the generators of every task with the 6:18 state machine, the
-presets, and reading and writing of a checkpoint folder.
+presets; reading and writing of a checkpoint folder; and reading of the released files.
+
+    python model.py RUN OUT                              # what inference needs of a run, in fp16
+    python model.py small --whisper FILE --llm DIR OUT   # published parts -> a checkpoint to train
 
 One sequence of ids says everything the decoder reads:
     0 .. V-1        text tokens
@@ -13,11 +16,14 @@ One sequence of ids says everything the decoder reads:
 Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text
 vocabulary.
 """
+import argparse
 import json
+import math
 import os
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pickle import UnpicklingError
 
@@ -27,11 +33,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import adapter
+import decoder
 from adapter import Adapter, AdapterConfig
 from decoder import Decoder, DecoderConfig, KVCache, SharedPrefix
-from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig
-from flow import Flow, FlowConfig
-from vocoder import Generator, VocoderConfig
+from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, load_whisper
+from flow import Flow, FlowConfig, load_cosyvoice1
+from vocoder import Generator, HiFT, VocoderConfig, hift, load_hift
 
 AUDIO = -1
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
@@ -403,13 +411,15 @@ class EChat(nn.Module):
 
 
 class Token2Wav(nn.Module):
-    """Flow and vocoder with the voice they speak in: codes -> 24 kHz wave."""
+    """Flow and vocoder with the voice they speak in: codes -> wave (ours 24 kHz)."""
 
     def __init__(self, cfg: Config, voice: dict[str, Tensor]):
         super().__init__()
         self.cfg = cfg
         self.voice = {k: v.float() if v.is_floating_point() else v for k, v in voice.items()}
-        self.flow, self.vocoder = Flow(cfg.flow), Generator(cfg.vocoder)
+        own = math.prod(cfg.vocoder.rates) == cfg.vocoder.hop  # HiFT makes the rest by an iSTFT
+        self.flow = Flow(cfg.flow)
+        self.vocoder = Generator(cfg.vocoder) if own else HiFT(cfg.vocoder)
 
     def start(self, seed: int = 0, steps: int = 10):
         """The state before the first code; the flow hears the voice's prompt here."""
@@ -424,7 +434,10 @@ class Token2Wav(nn.Module):
         mel_state, wave_state = state
         codes = torch.tensor([codes], dtype=torch.long, device=next(self.parameters()).device)
         mel, mel_state = self.flow.stream(codes, mel_state, final)
-        wave, wave_state = self.vocoder.stream(mel, wave_state, final)
+        if isinstance(self.vocoder, HiFT):  # its flow gives all mel at once, at the end
+            wave = self.vocoder(mel) if mel.shape[1] else mel.new_zeros(1, 0)
+        else:
+            wave, wave_state = self.vocoder.stream(mel, wave_state, final)
         return wave[0].cpu(), (mel_state, wave_state)
 
 
@@ -462,19 +475,59 @@ def load_config(folder: str) -> Config:
         raise BadCheckpoint(f"{folder}: no readable config.json ({e})") from None
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """A safetensors or .pt file (never unpickling code) as a dict, or BadCheckpoint in one line."""
+MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a GGUF file",
+         b"version https://git-lfs": "a Git LFS pointer"}
+
+
+def found(path: str, error: Exception) -> str:
+    """What a file that could not be read is, in a few words."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if os.path.isdir(path):
+        return "a folder"
+    if code := re.search(r"Unsupported \w+: GLOBAL (\S+)|Unsupported global: GLOBAL (\S+)",
+                         str(error)):
+        return f"pickled code, {code[1] or code[2]}, which is never run"
+    with open(path, "rb") as f:
+        head = f.read(100)
+    kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
+        (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
+    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error).splitlines()[0][:150]})"
+
+
+@contextmanager
+def expecting(what: str, path: str):
+    """Whatever goes wrong inside becomes a BadCheckpoint: what was expected, what was found."""
     try:
-        if path.endswith((".pt", ".pth")):
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            return weights.get("model_state_dict", weights)  # openai-whisper wraps its weights
-        return load_file(path)
-    except (OSError, SafetensorError, RuntimeError, UnpicklingError) as e:
-        raise BadCheckpoint(f"{path}: not a readable weights file ({e})") from None
+        yield
+    except BadCheckpoint:
+        raise
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as e:
+        raise BadCheckpoint(f"{path}: expected {what}, found {found(path, e)}") from None
+    except KeyError as e:
+        raise BadCheckpoint(f"{path}: expected {what}; {e.args[0]}: missing") from None
+    except (ValueError, TypeError, AttributeError) as e:
+        raise BadCheckpoint(f"{path}: expected {what}; {str(e).splitlines()[0]}") from None
 
 
-def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `module`: every key used, every shape equal, or an error naming it."""
+def read_weights(path: str) -> dict[str, Tensor]:
+    """A safetensors or .pt file (never unpickling code) as a dict, or BadCheckpoint in one line.
+
+    The weights are mapped: what is not used is not read."""
+    pickled = path.endswith((".pt", ".pth"))
+    with expecting("torch.save's weights" if pickled else "safetensors", path):
+        if not pickled:
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    for wrapper in ("model_state_dict", "module"):  # openai-whisper's, DeepSpeed's
+        weights = weights.get(wrapper, weights) if isinstance(weights, dict) else {}
+    if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
+        raise BadCheckpoint(f"{path}: expected weights by name, found something else")
+    return weights
+
+
+def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Every key of `module` there, no other, every shape equal; or an error naming the key."""
     own = module.state_dict()
     for name in sorted(own.keys() ^ weights.keys()):
         raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key {name}")
@@ -482,7 +535,36 @@ def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
         if w.shape != own[name].shape:
             raise BadCheckpoint(f"{source}: {name} is {tuple(w.shape)}, expected "
                                 f"{tuple(own[name].shape)}")
+
+
+def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Load `weights` into `module`: every key used, every shape equal, or an error naming it."""
+    check(module, weights, source)
+    own = module.state_dict()
     module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+
+
+PART = 128 << 20  # bytes
+
+
+def fill(module: nn.Module, path: str, names: dict[str, str]) -> None:
+    """Copy weights from a file into a module; `names`: of each weight, ours -> the file's.
+
+    Some are joined on the way in (decoder.fuse), so mapping alone would not do. The file is mapped
+    anew for every part of it: what was copied is given back, and nothing is held twice."""
+    homes = {}  # weights that are joined share a home, two names up
+    for name in names:
+        homes.setdefault(name.rsplit(".", 2)[0] if ".layers." in name else name, []).append(name)
+    weights, part, size = read_weights(path), {}, 0
+    for home in homes.values():
+        more = sum(weights[names[name]].nbytes for name in home)
+        if size + more > PART:
+            module.load_state_dict(part, strict=False)
+            del weights
+            part, size, weights = {}, 0, read_weights(path)
+        part |= {name: weights[names[name]] for name in home}
+        size += more
+    module.load_state_dict(part, strict=False)
 
 
 def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) -> None:
@@ -501,12 +583,82 @@ def save_config(folder: str, cfg: Config) -> None:
     os.replace(path + ".tmp", path)
 
 
-def load_echat(folder: str, device="cpu", dtype=torch.float32) -> EChat:
-    """The model of a checkpoint folder, in eval mode."""
-    model = EChat(load_config(folder))
-    path = os.path.join(folder, "model.safetensors")
-    fit(model, read_weights(path), path)
-    return model.to(device, dtype).eval()
+def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
+    """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
+
+    dtype: float32 where not given, or what the released file holds."""
+    if file := osum_file(path):
+        cfg, names, own = read_osum(file)
+    else:
+        cfg, file, own = load_config(path), os.path.join(path, "model.safetensors"), torch.float32
+        names = {name: name for name in read_weights(file)}
+    with torch.device("meta"):
+        model = EChat(cfg)
+    weights = read_weights(file)
+    check(model, {name: weights[names[name]] for name in names}, file)
+    model = model.to(dtype or own).to_empty(device=device)
+    fill(model, file, names)
+    return model.eval()
+
+
+# The released OSUM-EChat: one flat dict of the training code's names
+
+DEEPSPEED = "mp_rank_00_model_states.pt"
+TO_ADAPTER = ("down_sample_2.", "speech_transformer.", "speech_llama_proj.", "ln_speech.")
+
+
+def osum_file(path: str) -> str | None:
+    """The weights file if `path` is a released file or a DeepSpeed training folder, else None."""
+    inside = os.path.join(path, DEEPSPEED)
+    return path if os.path.isfile(path) else inside if os.path.isfile(inside) else None
+
+
+def osum_config(weights: dict[str, Tensor]) -> Config:
+    """The paper's preset at the size of these weights; only widths of heads are taken as known."""
+    def rows(name: str, dim: int = 0) -> int:
+        return weights[name].shape[dim]
+
+    def layers(prefix: str) -> int:
+        return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
+    cfg, llm = paper(), "llama_model.model."
+    layer, width = llm + "layers.0.", cfg.decoder.head_dim
+    conv = "encoder.embed.conv.0.weight"
+    cfg.encoder = EncoderConfig(rows(conv, 1), rows(conv), rows(conv) // 64,
+                                layers("encoder.encoders."))
+    cfg.adapter = AdapterConfig(
+        rows("speech_llama_proj.weight", 1), rows("speech_llama_proj.weight"),
+        cfg.adapter.n_heads, layers("speech_transformer.encoders."),
+        rows("speech_transformer.encoders.0.feed_forward.w_1.weight"))
+    cfg.decoder = DecoderConfig(
+        rows(llm + "embed_tokens.weight"), rows(llm + "embed_tokens.weight", 1),
+        layers(llm + "layers."), rows(layer + "self_attn.q_proj.weight") // width,
+        rows(layer + "self_attn.k_proj.weight") // width, width,
+        rows(layer + "mlp.gate_proj.weight"), codes=rows("speech_head.weight") - 1)
+    return cfg
+
+
+def read_osum(path: str) -> tuple[Config, dict[str, str], torch.dtype]:
+    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> config;
+    of each of our weights the name in the file; what type they have there."""
+    weights = read_weights(path)
+    own = {"encoder": {}, "adapter": {}, "decoder": {}}
+    for key, value in weights.items():
+        part = "encoder" if key.startswith("encoder.") else \
+            "adapter" if key.startswith(TO_ADAPTER) else "decoder"
+        own[part][key] = value
+    for key in ("encoder.embed.conv.0.weight", "speech_llama_proj.weight", "speech_head.weight"):
+        if key not in weights:
+            raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
+                                f"them {key}; found {len(weights)}, {next(iter(weights))} first")
+    with expecting("the weights of a released OSUM-EChat", path):
+        cfg = osum_config(weights)
+        own["encoder"] = load_whisper(own["encoder"])
+        own["adapter"] = adapter.load_osum(own["adapter"])
+        own["decoder"] = decoder.load_osum(own["decoder"], cfg.decoder)
+    theirs = {id(value): key for key, value in weights.items()}
+    names = {f"{part}.{name}": theirs[id(value)]
+             for part, state in own.items() for name, value in state.items()}
+    return cfg, names, weights["speech_head.weight"].dtype
 
 
 def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
@@ -531,6 +683,20 @@ def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token
     return model.to(device).eval()
 
 
+def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
+    """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file."""
+    cfg = paper()
+    cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
+    flow, wave = os.path.join(folder, "flow.pt"), os.path.join(folder, "hift.pt")
+    with torch.device("meta"):
+        model = Token2Wav(cfg, load_voice(voice, cfg.flow))
+    with expecting("the flow of CosyVoice-300M-25Hz", flow):
+        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)), assign=True)
+    with expecting("the vocoder of CosyVoice-300M", wave):
+        model.vocoder = load_hift(wave)
+    return model.to(device, torch.float32).eval()
+
+
 def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
     """The speech tokenizer of a checkpoint folder, in eval mode."""
     model = SpeechTokenizer(load_config(folder).s3)
@@ -540,13 +706,60 @@ def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
 
 
 def export(run: str, out: str) -> None:
-    """A run's checkpoint folder without what only training needs, in fp16: `python model.py RUN OUT`."""
+    """A run's checkpoint folder without what only training needs, in fp16."""
     save_config(out, load_config(run))
     for name in ("model", "token2wav", "tokenizer_s3", "voice"):
         if os.path.exists(path := os.path.join(run, f"{name}.safetensors")):
-            save_weights(os.path.join(out, f"{name}.safetensors"), read_weights(path), torch.float16)
+            save_weights(os.path.join(out, f"{name}.safetensors"), read_weights(path),
+                         torch.float16)
     shutil.copy(os.path.join(run, "tokenizer.json"), os.path.join(out, "tokenizer.json"))
 
 
+def compose(preset: str, whisper: str, llm: str, out: str) -> None:
+    """A checkpoint folder from Whisper's encoder (.pt or safetensors) and a Qwen2 folder."""
+    cfg, state = PRESETS[preset](), {}
+    with expecting("the weights of Whisper", whisper):
+        state["encoder"] = load_whisper(read_weights(whisper))
+    with expecting("a Hugging Face folder of Qwen2 or Qwen2.5", llm):
+        sizes, state["decoder"] = decoder.load_qwen2(llm)
+    first = state["encoder"]["conv1.weight"]
+    layers = {name.split(".")[1] for name in state["encoder"] if name.startswith("blocks.")}
+    cfg.encoder = EncoderConfig(first.shape[1], len(first), len(first) // 64, len(layers))
+    cfg.decoder = DecoderConfig(**sizes, codes=cfg.decoder.codes)
+    cfg.adapter.d_in, cfg.adapter.d_out = len(first), cfg.decoder.dim
+    state["adapter"] = Adapter(cfg.adapter).state_dict()
+    rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
+    state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
+    state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
+    with torch.device("meta"):
+        check(EChat(cfg), state, f"{whisper} and {llm}")
+    save_config(out, cfg)
+    save_weights(os.path.join(out, "model.safetensors"), state)
+    with expecting("tokenizer.json", llm):
+        shutil.copy(os.path.join(llm, "tokenizer.json"), out)
+    print(f"{out}: adapter and speech codes are untrained, so only --task t2t works; train them: "
+          f"python train.py --stage align --preset {preset} --init {out} ...", file=sys.stderr)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description="Make a checkpoint folder.")
+    p.error = lambda message: p.exit(2, f"model.py: {message}\n")
+    p.add_argument("source", metavar="RUN|small|paper", help="a run to export, or a preset")
+    p.add_argument("out", metavar="OUT")
+    p.add_argument("--whisper", metavar="FILE", help="for a preset: Whisper's weights")
+    p.add_argument("--llm", metavar="DIR", help="for a preset: folder of Qwen2.5-...-Instruct")
+    args = p.parse_args()
+    try:
+        if os.path.isdir(args.source):
+            export(args.source, args.out)
+        elif args.source in PRESETS and args.whisper and args.llm:
+            compose(args.source, args.whisper, args.llm, args.out)
+        else:
+            p.error(f"{args.source}: expected the folder of a run, or small --whisper FILE "
+                    "--llm DIR")
+    except (BadCheckpoint, OSError) as e:
+        p.error(str(e))
+
+
 if __name__ == "__main__":
-    export(*sys.argv[1:])
+    main()

@@ -2,15 +2,22 @@
 
 import json
 import math
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CODES, copy_of, lively, some_codes, tiny_config
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import data
 import model as echat
+from adapter import AdapterConfig
+from decoder import DecoderConfig
+from encoder import EncoderConfig, sinusoids
 from model import (AUDIO, SYSTEM, BadCheckpoint, EChat, Sampling, label_think, load_config,
                    load_echat, load_s3, load_token2wav, prompt, read_think, think_length)
 from train import interleave
@@ -450,3 +457,262 @@ def test_a_failed_save_leaves_the_old_file(checkpoint, tmp_path):
     with pytest.raises(Exception):
         echat.save_weights(str(folder / "model.safetensors"), {"a": torch.zeros(2), "b": math})
     assert (folder / "model.safetensors").read_bytes() == old
+
+
+# ---- the released files ------------------------------------------------------------------------
+
+THEIRS = (  # ours -> theirs, written out independently of the loaders' tables
+    (r"^encoder\.conv1", "encoder.embed.conv.0"), (r"^encoder\.conv2", "encoder.embed.conv.2"),
+    (r"^encoder\.blocks", "encoder.encoders"), (r"^encoder\.ln_post", "encoder.after_norm"),
+    (r"^adapter\.convs\.0", "down_sample_2.conv.1"),
+    (r"^adapter\.convs\.1", "down_sample_2.conv.4"),
+    (r"^adapter\.convs\.2", "down_sample_2.conv.7"),
+    (r"^adapter\.embed\.", "speech_transformer.embed.out.0."),
+    (r"^adapter\.embed_ln", "speech_transformer.embed.out.1"),
+    (r"^adapter\.blocks", "speech_transformer.encoders"),
+    (r"^adapter\.after_norm", "speech_transformer.after_norm"),
+    (r"^adapter\.proj", "speech_llama_proj"),
+    (r"\.attn\.query", ".self_attn.linear_q"), (r"\.attn\.key", ".self_attn.linear_k"),
+    (r"\.attn\.value", ".self_attn.linear_v"), (r"\.attn\.out", ".self_attn.linear_out"),
+    (r"\.attn_ln", ".norm1"), (r"\.mlp_ln", ".norm2"), (r"\.mlp\.0", ".feed_forward.w_1"),
+    (r"(encoder\.encoders\.\d+)\.mlp\.2", r"\1.feed_forward.w_2"),
+    (r"\.mlp\.3", ".feed_forward.w_2"), (r"^decoder\.speech_embed", "speech_token_emded"),
+    (r"^decoder\.speech_head", "speech_head"), (r"^decoder\.", "llama_model.model."))
+
+
+def released_config() -> echat.Config:
+    """The smallest whose heads are as wide as the released ones."""
+    return tiny_config(
+        encoder=EncoderConfig(80, 64, 1, 2),
+        adapter=AdapterConfig(d_in=64, d_out=32, n_heads=4, n_layers=1, ffn=48),
+        decoder=DecoderConfig(vocab=303, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=128,
+                              ffn=48, codes=CODES))
+
+
+def released(cfg: echat.Config | None = None) -> tuple[EChat, dict]:
+    """A model, and its weights as the released file holds them."""
+    model, theirs = lively(EChat(cfg or released_config()), 0.2), {}
+    for name, value in model.state_dict().items():
+        for ours, their in THEIRS:
+            name = re.sub(ours, their, name)
+        theirs[name] = value.clone()
+    rows = theirs["llama_model.model.embed_tokens.weight"]
+    theirs |= dict.fromkeys(("embed_tokens.weight", "lm_head.weight", "llama_model.lm_head.weight"),
+                            rows)
+    theirs |= {"ln_speech.weight": torch.ones(64), "ln_speech.bias": torch.zeros(64),
+               "encoder.embed.pos_enc.pe": sinusoids(50, 64)[None],
+               "speech_transformer.embed.pos_enc.pe": torch.zeros(1, 50, 64)}
+    return model, theirs
+
+
+def same(a: EChat, b: EChat) -> bool:
+    pairs = zip(a.state_dict().items(), b.state_dict().items())
+    return all(k == j and torch.equal(v, w) for (k, v), (j, w) in pairs)
+
+
+def test_a_released_file_is_read_by_shape(tmp_path, monkeypatch):
+    model, theirs = released()
+    torch.save(theirs, tmp_path / "tag_think_final.pt")
+    monkeypatch.setattr(echat, "PART", 20000)  # several parts
+    loaded = load_echat(str(tmp_path / "tag_think_final.pt"))
+    assert same(loaded, model) and not loaded.training
+    cfg, want = loaded.cfg, released_config()
+    assert (cfg.encoder, cfg.decoder) == (want.encoder, want.decoder)
+    assert cfg.adapter.ffn == 48 and cfg.adapter.n_heads == 4 and cfg.adapter.n_layers == 1
+    assert cfg.language == "zh" and cfg.understand == echat.paper().understand
+    torch.save({k: v.bfloat16() for k, v in theirs.items()}, tmp_path / "half.pt")
+    assert load_echat(str(tmp_path / "half.pt")).adapter.proj.weight.dtype == torch.bfloat16
+    full = load_echat(str(tmp_path / "half.pt"), dtype=torch.float32)
+    assert torch.equal(full.adapter.proj.weight, model.adapter.proj.weight.bfloat16().float())
+
+
+def test_a_deepspeed_folder(tmp_path):
+    model, theirs = released()
+    torch.save({"module": theirs, "ds_version": "0.14", "global_steps": 3, "optimizer": None},
+               tmp_path / "mp_rank_00_model_states.pt")
+    assert same(load_echat(str(tmp_path)), model)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("llama_model.model.layers.1.mlp.up_proj.weight", None), ("speech_head.bias", None),
+    ("llama_model.model.layers.0.self_attn.q_proj.weight", None), ("extra.weight", torch.ones(2)),
+    ("encoder.encoders.1.norm2.bias", torch.ones(3)), ("lm_head.weight", torch.ones(303, 32)),
+    ("speech_llama_proj.weight", None), ("speech_transformer.encoders.0.self_attn.linear_k.bias",
+                                         torch.ones(3)), ("encoder.embed.pos_enc.pe",
+                                                          torch.ones(1, 9, 64))])
+def test_a_bad_key_of_a_released_file_is_named(tmp_path, key, value):
+    _, theirs = released()
+    path = str(tmp_path / "bad.pt")
+    torch.save({k: v for k, v in (theirs | {key: value}).items() if v is not None}, path)
+    with pytest.raises(BadCheckpoint) as error:
+        load_echat(path)
+    message = str(error.value)
+    assert key.split("model.")[-1] in message and path in message and "\n" not in message
+
+
+class Malice:
+    def __reduce__(self):
+        return print, ("run!",)
+
+
+WRONG = {  # what is written, words of the message
+    "a.pt": (lambda p: p.write_text("<!DOCTYPE html><html>404</html>"), "an HTML page"),
+    "b.pt": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
+    "c.pt": (lambda p: p.write_bytes(b""), "an empty file"),
+    "d.pt": (lambda p: torch.save({"a": Malice()}, p), "pickled code"),
+    "e.pt": (lambda p: torch.save([1, 2], p), "something else"),
+    "f.pt": (lambda p: torch.save({"model.decoder.fc1.bias": torch.ones(2)}, p), "decoder.fc1"),
+    "g.pt": (lambda p: (torch.save({"a": torch.ones(99999)}, p), truncate(p)), "a zip of"),
+    "h.pt": (lambda p: p.write_bytes(b"GGUF" + b"0" * 99), "a GGUF file"),
+    "i.safetensors": (lambda p: (save_file({"a": torch.ones(99)}, p), truncate(p)),
+                      "safetensors of"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_file_is_told_in_one_line(tmp_path, capsys, name):
+    write, words = WRONG[name]
+    write(tmp_path / name)
+    with pytest.raises(BadCheckpoint) as error:
+        load_echat(str(tmp_path / name))
+    message = str(error.value)
+    assert words in message and "expected" in message and "found" in message, message
+    assert "\n" not in message and len(message) < 400 and str(tmp_path / name) in message
+    assert "run!" not in capsys.readouterr().out
+
+
+# ---- a model of published parts ----------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def parts(folder: Path, tokenizer_folder: Path) -> tuple[str, str]:
+    """A tiny Whisper and a tiny Qwen2 (48 tokens) as their publishers write them."""
+    encoder = released()[0].encoder.state_dict()
+    save_file({f"encoder.{k}": v for k, v in encoder.items()}, folder / "whisper.safetensors")
+    with safe_open(GOLDEN / "qwen2_tiny.safetensors", "pt") as f:
+        weights = {k: f.get_tensor(k) for k in f.keys() if k.startswith("tied.")}
+        config = f.metadata()["tied"]
+    llm = folder / "llm"
+    llm.mkdir()
+    (llm / "config.json").write_text(config)
+    answers = ("tied.ids", "tied.logits", "tied.greedy")
+    save_file({k[5:]: v for k, v in weights.items() if k not in answers}, llm / "model.safetensors")
+    shutil.copy(tokenizer_folder / "tokenizer.json", llm)
+    return str(folder / "whisper.safetensors"), str(llm)
+
+
+def test_small_is_made_of_published_parts(tmp_path, tokenizer_folder, capsys, monkeypatch):
+    whisper, llm = parts(tmp_path, tokenizer_folder)
+    out = str(tmp_path / "small")
+    monkeypatch.setattr("sys.argv", ["model.py", "small", "--whisper", whisper, "--llm", llm, out])
+    echat.main()
+    told = capsys.readouterr().err
+    assert "untrained" in told and told.count("\n") == 1
+    model = load_echat(out)
+    want = released()[0].encoder.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in model.encoder.state_dict().items())
+    with torch.no_grad():
+        golden = echat.read_weights(str(GOLDEN / "qwen2_tiny.safetensors"))
+        hidden = model.decoder(model.decoder.embed(golden["tied.ids"]))
+        torch.testing.assert_close(model.decoder.logits(hidden), golden["tied.logits"],
+                                   atol=1e-4, rtol=1e-4)
+    assert model.hear(mel(40)[None], torch.tensor([40]))[0].shape == (1, 5, 16)
+    assert model.cfg.name == "small" and (tmp_path / "small" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("what, words", [("no whisper", "no such file"), ("no shard", "no such"),
+                                         ("qwen as whisper", "expected the weights of Whisper")])
+def test_parts_that_do_not_fit(tmp_path, tokenizer_folder, capsys, monkeypatch, what, words):
+    whisper, llm = parts(tmp_path, tokenizer_folder)
+    if what == "no whisper":
+        Path(whisper).unlink()
+    elif what == "no shard":
+        Path(llm, "model.safetensors").unlink()
+    else:
+        whisper = str(Path(llm, "model.safetensors"))
+    monkeypatch.setattr("sys.argv", ["model.py", "small", "--whisper", whisper, "--llm", llm,
+                                     str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        echat.main()
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and words in told and told.count("\n") == 1, told
+
+
+# ---- equal to the released code (tests/golden/osum_echat.py ran it) ----------------------------
+
+@pytest.fixture(scope="module")
+def golden():
+    path = GOLDEN / "osum_echat.safetensors"
+    if not path.exists():
+        pytest.skip("tests/golden/osum_echat.py has not been run")
+    return echat.read_weights(str(path))
+
+
+@pytest.fixture(scope="module")
+def twin(tmp_path_factory):
+    """Our model, from the file that the released code would load."""
+    import golden_osum
+    path = tmp_path_factory.mktemp("osum") / "language_think_final.pt"
+    torch.save(golden_osum.weights(), path)
+    return load_echat(str(path)).requires_grad_(False)
+
+
+def test_hears_as_the_released_code(golden, twin):
+    import golden_osum
+    for i, heard in enumerate(golden_osum.mels()):
+        speech, _ = twin.hear(heard[None], torch.tensor([len(heard)]))
+        torch.testing.assert_close(speech[0], golden[f"hear.{i}"], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["text", "s2t_chat", "s2t_chat_think", "text2text", "text2token",
+                                  "text2token_streaming", "speech2text_token",
+                                  "speech2text_token_think", "speech2text_token_streaming"])
+def test_trains_as_the_released_code(golden, twin, tok, task):
+    """Label ids, last hidden states, loss. Two differences are meant: the softmax of their text
+    tasks is over text alone, and their tts also trains the opening of speech, which the prompt of
+    generation holds."""
+    import golden_osum as g
+    name, text = g.TASKS[task]
+    cfg, heard = twin.cfg.decoder, g.mels()[0]
+    answer = [*tok.encode(text), tok.im_end]
+    speech = [cfg.vocab + c for c in (CODES, *g.codes(), CODES)]
+    if task.endswith("streaming"):
+        answer = [i for _, block in interleave(answer, speech) for i in block]
+    elif "token" in task:
+        answer = speech[1:] if name == "tts" else answer + speech
+    spoken = not name.startswith("t")
+    words = {"understand": g.USER, "t2t": g.QUESTION, "tts": g.TEXT, "tts_stream": g.TEXT}
+    ids = prompt(name, tok, cfg, EChat.audio_slots(len(heard)) if spoken else 0,
+                 words.get(name, ""))
+    seen = [i not in tok.unknown for i in answer]
+    targets = [-100] * len(ids) + [i if s else -100 for i, s in zip(answer, seen)]
+    theirs = golden[f"{task}.targets"].tolist()
+    if name == "tts":
+        assert theirs[len(ids) - 2] == speech[0]
+        theirs[len(ids) - 2] = -100
+    assert targets[1:] == theirs
+    attend = torch.tensor([[True] * len(ids) + seen])
+    row = torch.tensor([ids + [i if s else 0 for i, s in zip(answer, seen)]])
+    mel = (heard[None], torch.tensor([len(heard)])) if spoken else (None, None)
+    x = twin.embed(row, *(twin.hear(*mel) if spoken else (None, None)))
+    hidden = twin.decoder(x, mask=attend)
+    torch.testing.assert_close(hidden[0, -4:], golden[f"{task}.hidden"], atol=1e-4, rtol=1e-4)
+    logits = twin.decoder.logits(hidden, "joint")
+    if "token" not in task:
+        logits = logits[..., :cfg.vocab]  # their text tasks know no speech
+    aim = golden[f"{task}.targets"]
+    torch.testing.assert_close(F.cross_entropy(logits[0, :-1], aim), golden[f"{task}.loss"],
+                               atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["s2t", "s2s", "s2s_think", "tts", "t2t"])
+def test_generates_as_the_released_code(golden, twin, tok, task):
+    import golden_osum as g
+    want = golden[f"{task}.tokens"].tolist()
+    heard = None if task in ("tts", "t2t") else g.mels()[0]
+    text = {"tts": g.TEXT, "t2t": g.QUESTION}.get(task, "")
+    how = {"text": Sampling(repetition=1.05 if task == "s2t" else 1.0), "speech": Sampling()}
+    got = twin.answer(tok, task.split("_")[0], heard, text, think=task.endswith("think"), how=how,
+                      max_tokens=len(want))
+    assert [token for _, token in got] == want
