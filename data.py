@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -74,23 +75,51 @@ def byte_alphabet() -> dict[str, int]:
     return table | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def read_tokenizer(folder: str) -> dict:
+    """tokenizer.json of a folder; if it has none, the same made of the older files of Qwen's."""
+    def read(name: str):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f) if name.endswith(".json") else f.read().split("\n")
+
+    try:
+        return read("tokenizer.json")
+    except FileNotFoundError:
+        config = read("tokenizer_config.json")
+    if not config["tokenizer_class"].startswith("Qwen2Tokenizer"):  # its split is not in a file
+        raise ValueError(f"tokenizer_class {config['tokenizer_class']}, expected Qwen2Tokenizer")
+    return {
+        "added_tokens": [{"content": t["content"], "id": int(i)}
+                         for i, t in config["added_tokens_decoder"].items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": PATTERN}}]},
+        "model": {"vocab": read("vocab.json"),
+                  "merges": [m for m in read("merges.txt") if m and not m.startswith("#version")]}}
+
+
 class Tokenizer:
-    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout), run by tiktoken."""
+    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout) or of `vocab.json`, `merges.txt`
+    and `tokenizer_config.json`, run by tiktoken."""
 
     def __init__(self, folder: str):
-        path = os.path.join(folder, "tokenizer.json")
         try:
-            with open(path, encoding="utf-8") as f:
-                spec = json.load(f)
-            special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-            ranks = {bytes(byte_alphabet()[c] for c in w): i
-                     for w, i in spec["model"]["vocab"].items() if w not in special}
+            spec = read_tokenizer(folder)
+            self.special = special = {t["content"]: t["id"] for t in spec["added_tokens"]}
+            vocab, alphabet = spec["model"]["vocab"], byte_alphabet()
+            ranks = {bytes(alphabet[c] for c in w): i for w, i in vocab.items() if w not in special}
+            # tiktoken merges to any token of the vocabulary, lowest id first
+            merged = [vocab[m.replace(" ", "") if isinstance(m, str) else "".join(m)]
+                      for m in spec["model"]["merges"]]
+            if list(dict.fromkeys(merged)) != sorted(i for w, i in ranks.items() if len(w) > 1):
+                raise ValueError("the merges are not the vocabulary in its order")
             self.im_end = special["<|im_end|>"]
             self.composed = (spec.get("normalizer") or {}).get("type") == "NFC"  # Qwen2's
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise BadInput(f"{path}: not a readable tokenizer.json ({e})") from None
-        self.encoder = tiktoken.Encoding("echat", pat_str=PATTERN, mergeable_ranks=ranks,
-                                         special_tokens=special)
+            self.encoder = tiktoken.Encoding(
+                "echat", mergeable_ranks=ranks, special_tokens=special,
+                pat_str=spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise BadInput(f"{folder}: not a readable tokenizer.json, nor vocab.json, merges.txt "
+                           f"and tokenizer_config.json ({e})") from None
+        self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended
         self.unknown = {i for w, i in ranks.items() if b"&&" in w}
@@ -104,7 +133,9 @@ class Tokenizer:
     def fixed(self, text: str) -> list[int]:
         """A protocol string -> ids, its control tokens read as such; cached, do not modify."""
         if text not in self.cache:
-            self.cache[text] = self.encoder.encode(text, allowed_special="all")
+            self.cache[text] = [
+                i for part in re.split(self.control, text)
+                for i in ([self.special[part]] if part in self.special else self.encode(part))]
         return self.cache[text]
 
     def bytes_of(self, token: int) -> bytes:

@@ -14,9 +14,11 @@ State dicts carry the parameter names of Hugging Face's Qwen2, without their lea
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -55,29 +57,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def fuse(home: nn.Module, name: str, dim: int, parts: dict[str, int], bias: bool) -> None:
+FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
+
+
+def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` itself, the parts of each fused linear put together; they leave it one linear after
+    the other, so that no more than one is ever held twice."""
+    for name, parts in FUSED.items():
+        for first in [key for key in state if f"{parts[0]}." in key]:
+            keys = [first.replace(parts[0], part) for part in parts]
+            if all(key in state for key in keys):  # else torch's own error tells what is missing
+                state[first.replace(parts[0], name)] = torch.cat([state.pop(k) for k in keys])
+    return state
+
+
+def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bool) -> None:
     """Set `home.<name>` to one linear doing the work of several that read the same input.
 
     One product of big matrices is faster than three of small ones (here 4 % in training, 9 % in
     decoding). State dicts still hold the parts under their own names, as everyone's files do.
     """
-    linear = nn.Linear(dim, sum(parts.values()), bias)
+    linear = nn.Linear(dim, sum(widths), bias)
     setattr(home, name, linear)
-    kinds = [kind for kind, _ in linear.named_parameters()]  # weight, bias
 
     def split(_, state, prefix, __):
-        for kind in kinds:
-            rows = state.pop(f"{prefix}{name}.{kind}").split(list(parts.values()))
-            state.update({f"{prefix}{part}.{kind}": r for part, r in zip(parts, rows)})
-
-    def join(_, state, prefix, *__):
-        for kind in kinds:
-            keys = [f"{prefix}{part}.{kind}" for part in parts]
-            if all(key in state for key in keys):  # else torch's own error tells what is missing
-                state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in keys])
+        for kind, _ in linear.named_parameters():  # weight, bias
+            rows = state.pop(f"{prefix}{name}.{kind}").split(widths)
+            state.update({f"{prefix}{part}.{kind}": r for part, r in zip(FUSED[name], rows)})
 
     home.register_state_dict_post_hook(split)
-    home.register_load_state_dict_pre_hook(join)
+    home.register_load_state_dict_pre_hook(lambda _, state, *__: joined(state))
 
 
 class RMSNorm(nn.Module):
@@ -94,7 +103,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.width = cfg.n_heads, cfg.n_kv_heads, cfg.head_dim
         q, kv = cfg.n_heads * cfg.head_dim, cfg.n_kv_heads * cfg.head_dim
-        fuse(self, "qkv", cfg.dim, {"q_proj": q, "k_proj": kv, "v_proj": kv}, bias=True)
+        fuse(self, "qkv", cfg.dim, (q, kv, kv), bias=True)
         self.o_proj = nn.Linear(q, cfg.dim, bias=False)
 
     def forward(self, x, cos, sin, mask, cache, index):
@@ -118,7 +127,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, cfg):
         super().__init__()
-        fuse(self, "gate_up", cfg.dim, {"gate_proj": cfg.ffn, "up_proj": cfg.ffn}, bias=False)
+        fuse(self, "gate_up", cfg.dim, (cfg.ffn, cfg.ffn), bias=False)
         self.down_proj = nn.Linear(cfg.ffn, cfg.dim, bias=False)
 
     def forward(self, x):
@@ -279,6 +288,8 @@ def checked(state: dict[str, Tensor], cfg: DecoderConfig, speech: bool = True):
             raise ValueError(f"{key}: " + ("missing" if key in own else "no such weight here"))
         if state[key].shape != own[key]:
             raise ValueError(f"{key}: {tuple(state[key].shape)}, expected {tuple(own[key])}")
+        if not state[key].is_floating_point():
+            raise ValueError(f"{key}: {state[key].dtype}, expected floats (quantised weights?)")
     return state
 
 
@@ -287,24 +298,56 @@ def load_osum(state: dict[str, Tensor], cfg: DecoderConfig) -> dict[str, Tensor]
     return checked(renamed(state, OSUM), cfg)
 
 
+def opened(path: Path, read: Callable, expected: str):
+    """read(path), or a ValueError of one line: what the file should be, and what it is."""
+    try:
+        return read(path)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as e:
+        found = "none"
+        if path.is_file():
+            with path.open("rb") as f:
+                found = f"{path.stat().st_size:,} bytes that begin with {f.read(24)!r} ({e})"
+        raise ValueError(f"{path}: expected {expected}, found {found}") from None
+
+
+def read_json(path: Path) -> dict:
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """A Hugging Face Qwen2 / Qwen2.5 folder, sharded or not -> (DecoderConfig fields, state dict
-    without speech_*). ValueError: another architecture, or the weight that does not fit."""
-    folder = Path(folder)
-    hf = json.loads((folder / "config.json").read_text())
+    without speech_*). ValueError: another architecture, or the weight or file that does not fit.
+
+    The state dict is `joined` already: with load_state_dict(assign=True) on a decoder made on
+    torch's meta device, loading takes the memory of the weights in their own dtype and no more.
+    They are read, not mapped: pages of a mapping that were joined would stay beside the copy.
+    """
+    config = Path(folder) / "config.json"
+    hf = opened(config, read_json, "the config of a Hugging Face Qwen2 model")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if (hf["model_type"], hf.get("use_sliding_window", False), kind) != ("qwen2", False, "default"):
-        raise ValueError(f"{folder}/config.json: not a plain qwen2 with unscaled positions")
-    fields = dict(
-        vocab=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
-        n_heads=hf["num_attention_heads"], n_kv_heads=hf["num_key_value_heads"],
-        head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
-        ffn=hf["intermediate_size"], rope_theta=rope.get("rope_theta") or hf["rope_theta"],
-        eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False))
-    index, shards = folder / "model.safetensors.index.json", ["model.safetensors"]
+    for key, found, expected in [
+            ("model_type", hf.get("model_type"), "qwen2"),
+            ("hidden_act", hf.get("hidden_act", "silu"), "silu"),
+            ("use_sliding_window", hf.get("use_sliding_window", False), False),
+            ("rope_type", rope.get("rope_type", rope.get("type", "default")), "default")]:
+        if found != expected:
+            raise ValueError(f"{config}: expected {key} {expected!r}, found {found!r}")
+    try:
+        fields = dict(
+            vocab=hf["vocab_size"], dim=hf["hidden_size"], n_layers=hf["num_hidden_layers"],
+            n_heads=hf["num_attention_heads"], n_kv_heads=hf["num_key_value_heads"],
+            head_dim=hf.get("head_dim") or hf["hidden_size"] // hf["num_attention_heads"],
+            ffn=hf["intermediate_size"], rope_theta=rope.get("rope_theta") or hf["rope_theta"],
+            eps=hf["rms_norm_eps"], tied=hf.get("tie_word_embeddings", False))
+    except KeyError as e:
+        raise ValueError(f"{config}: expected {e}, found none") from None
+    shards, index = ["model.safetensors"], config.with_name("model.safetensors.index.json")
     if index.exists():
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    state = {key: value for shard in shards for key, value in load_file(folder / shard).items()}
+        shards = opened(index, lambda path: sorted(set(read_json(path)["weight_map"].values())),
+                        "the index of a sharded model")
+    state = {}
+    for shard in shards:
+        state |= opened(config.with_name(shard), lambda path: load_file(path, backend="pread"),
+                        "a whole safetensors file")
     state = renamed(state, QWEN2_TIED if fields["tied"] else QWEN2)
-    return fields, checked(state, DecoderConfig(**fields), speech=False)
+    return fields, joined(checked(state, DecoderConfig(**fields), speech=False))

@@ -4,7 +4,9 @@ import itertools
 import json
 import random
 import sys
+import unicodedata
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +17,11 @@ import torch
 from conftest import copy_of, tone, write_list
 
 import data
-from data import BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
+from data import PATTERN, BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
 from encoder import SpeechTokenizer, TokenizerConfig
 from model import load_s3, read_weights, save_weights
 
+GOLDEN = Path(__file__).parent / "golden"
 TEXTS = [
     "", " ", "Hello, world!", "the user said hello  twice\n\n and   left ", "don't WE'LL i'm",
     "2024-11-05 3.14159", "\u4f60\u597d\uff0c\u4e16\u754c\u3002Hello\u4e2d",
@@ -51,6 +54,56 @@ def test_qwen2_texts_are_composed(tokenizer_folder, tmp_path, tok):
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec | {"normalizer": {"type": "NFC"}}))
     qwen = Tokenizer(str(tmp_path))
     assert qwen.encode("cafe\u0301") == tok.encode("caf\u00e9") != tok.encode("cafe\u0301")
+    assert qwen.fixed("cafe\u0301<|im_end|>\u0338") == [  # a control token is not composed with
+        *tok.encode("caf\u00e9"), tok.im_end, *tok.encode("\u0338")]
+
+
+def test_the_split_is_the_one_of_the_file(tokenizer_folder, tmp_path, tok):
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    assert text.count(r"|\\p{N}|") == 1
+    (tmp_path / "tokenizer.json").write_text(text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"))
+    assert Tokenizer(str(tmp_path)).encoder._pat_str == PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
+
+def older_files(spec: dict, folder: Path, kind: str = "Qwen2Tokenizer") -> Path:
+    """The tokenizer as vocab.json, merges.txt and tokenizer_config.json."""
+    added = {t["id"]: {"content": t["content"]} for t in spec["added_tokens"]}
+    vocab = {w: i for w, i in spec["model"]["vocab"].items() if i not in added}
+    merges = ["#version: 0.2", *map(" ".join, spec["model"]["merges"])]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": kind, "added_tokens_decoder": added}))
+    return folder
+
+
+def test_older_files_make_the_same_tokenizer(tokenizer_folder, tmp_path, tok):
+    spec = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    old = Tokenizer(str(older_files(spec, tmp_path)))
+    assert old.n_vocab == tok.n_vocab and old.im_end == tok.im_end
+    for text in TEXTS:
+        text = unicodedata.normalize("NFC", text)
+        assert old.encode(text) == tok.encode(text) and old.fixed(text) == tok.fixed(text)
+    older_files(spec, tmp_path, "GPT2Tokenizer")
+    with pytest.raises(BadInput, match="tokenizer_class GPT2Tokenizer, expected Qwen2Tokenizer"):
+        Tokenizer(str(tmp_path))
+
+
+def test_part_of_the_real_vocabulary(tmp_path):
+    """Some of Qwen2.5's tokens, with what `tokenizers` makes of lines in many scripts."""
+    golden = json.loads((GOLDEN / "qwen_tokens.json").read_text(encoding="utf-8"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(golden["tokenizer"]))
+    qwen = Tokenizer(str(tmp_path))
+    for text, ids in golden["lines"]:
+        assert qwen.fixed(text) == ids, text
+
+
+def test_merges_that_tiktoken_would_not_follow_are_refused(tokenizer_folder, tmp_path):
+    spec = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    spec["model"]["merges"].reverse()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(BadInput, match="merges are not the vocabulary in its order"):
+        Tokenizer(str(tmp_path))
 
 
 def test_spare_rows_and_broken_characters_decode(tok):

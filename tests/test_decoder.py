@@ -216,6 +216,7 @@ def test_a_tied_folder_may_repeat_the_table(tmp_path):
     ({"model__norm__weight": torch.ones(17)}, r"norm.weight: \(17,\), expected \(16,\)"),
     ({"model__layers__2__mlp__up_proj__weight": torch.ones(3)}, "layers.2.mlp.up_proj.weight"),
     ({"visual__proj": torch.ones(3)}, "visual.proj: no such weight"),
+    ({"model__norm__weight": torch.ones(16, dtype=torch.int8)}, "norm.weight: torch.int8, exp"),
 ])
 def test_weights_that_do_not_fit_are_named(tmp_path, change, names):
     folder = qwen2_folder(tmp_path, "untied")
@@ -224,13 +225,52 @@ def test_weights_that_do_not_fit_are_named(tmp_path, change, names):
         load_qwen2(folder)
 
 
-@pytest.mark.parametrize("change", [{"model_type": "llama"}, {"use_sliding_window": True},
-                                    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}])
-def test_other_architectures_are_refused(tmp_path, change):
+@pytest.mark.parametrize("change, told", [
+    ({"model_type": "llama"}, "expected model_type 'qwen2', found 'llama'"),
+    ({"hidden_act": "gelu"}, "expected hidden_act 'silu', found 'gelu'"),
+    ({"use_sliding_window": True}, "expected use_sliding_window False, found True"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type 'default', found"),
+])
+def test_other_architectures_are_refused(tmp_path, change, told):
     config = qwen2_folder(tmp_path, "tied") / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
-    with pytest.raises(ValueError, match="not a plain qwen2"):
+    with pytest.raises(ValueError, match=told):
         load_qwen2(tmp_path)
+
+
+HTML = b"<!DOCTYPE html><html>not found</html>"
+
+
+@pytest.mark.parametrize("name, content, told", [
+    ("config.json", None, "config of a Hugging Face Qwen2 model, found none"),
+    ("config.json", HTML, r"found 37 bytes that begin with b'<!DOCTYPE html>"),
+    ("config.json", b'{"model_type": "qwen2"}', "expected 'vocab_size', found none"),
+    ("model.safetensors.index.json", HTML, "index of a sharded model, found 37 bytes"),
+    ("model.safetensors.index.json", b"{}", "index of a sharded model, found 2 bytes"),
+    ("model-1.safetensors", None, "expected a whole safetensors file, found none"),
+    ("model-1.safetensors", HTML, r"safetensors file, found 37 bytes .* b'<!DOCTYPE html>"),
+    ("model-1.safetensors", 0, "expected a whole safetensors file, found 0 bytes"),
+    ("model-1.safetensors", 900, "expected a whole safetensors file, found 900 bytes"),
+    ("model-1.safetensors", -1, r"expected a whole safetensors file, found [\d,]+ bytes"),
+])
+def test_files_that_are_not_what_they_are_called(tmp_path, name, content, told):
+    path = qwen2_folder(tmp_path, "tied", 3) / name
+    if content is None:
+        path.unlink()
+    else:  # a number: cut there
+        path.write_bytes(path.read_bytes()[:content] if isinstance(content, int) else content)
+    with pytest.raises(ValueError, match=told) as error:
+        load_qwen2(tmp_path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loaded_weight_is_held_once(tmp_path):
+    fields, state = load_qwen2(qwen2_folder(tmp_path, "untied", 3))
+    with torch.device("meta"):
+        model = Decoder(DecoderConfig(**fields, codes=4))
+    model.load_state_dict(state, strict=False, assign=True)
+    names = {p.data_ptr(): name for name, p in model.named_parameters() if not p.is_meta}
+    assert len(names) == len(state) and all(names[v.data_ptr()] == k for k, v in state.items())
 
 
 def test_config_of_transformers_4(tmp_path):

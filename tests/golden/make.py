@@ -1,8 +1,9 @@
 """Makes the golden files: what the reference implementations answer on tiny random weights.
 
 The tests read the files only; run this to make them again:
-    python tests/golden/make.py              # Qwen2, with transformers
+    python tests/golden/make.py                          # Qwen2, with transformers
     python tests/golden/make.py SOURCES hears speaks     # see originals.py
+    python tests/golden/make.py QWEN qwen_tokens         # the folder of a Qwen2.5 model
 """
 
 import json
@@ -112,9 +113,58 @@ def speaks():
     save("hifigan", weights, results)
 
 
+LINES = [
+    "", " ", "Hello, world! I'm sure THEY'LL say it's  fine.\n\n  Isn't it?\t\tYes.\r\n",
+    "def fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)  # O(2**n)\n",
+    "for (int i = 0; i != 1024; ++i) { a[i] <<= 3; }  /* 3.14159e-10 */",
+    '<div class="x">&amp;&amp; {"key": [1, 2, null]}</div>',
+    "2024-11-05 12:34:56 1,000,000 \u0663\u00bd\u2167",
+    "你好,世界。今天天气怎么样?请用中文解释一下。", "東京は日本の首都です。カタカナとひらがな。",
+    "안녕하세요 세계", "Привет, как дела? Съешь ещё этих мягких булок.", "Γειά σου Κόσμε",
+    "שלום עולם", "مرحبا بالعالم ١٢٣", "नमस्ते दुनिया", "สวัสดีชาวโลก", "Chào thế giới",
+    "naïve café ¿Qué tal? Straße ŒUVRE İstanbul",
+    "cafe\u0301 A\u030a \u1100\u1161\u11a8 \u212b \ufb01",
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467\U0001f3fd "
+    "\U0001f1e9\U0001f1ea\u2764\ufe0f ok",
+    "\x00\x07\x1c\x85\xa0\u2003\u2028\u3000\ufeff\u200b'\u017f x", "∑ √ ≤ ≠ → █ ░ ♫",
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\u0338<|endoftext|><|im_end<tool_call>{}</tool_call><|fim_pad|>",
+    "<think><SAD>&&<&&> a && b<think end>", "aaaaaaaaaaaaaaaa thethethe ........ ======= \n \n\n "]
+
+
+def qwen_tokens(folder: str):
+    """Part of the vocabulary of a real Qwen2.5 folder, and the ids `tokenizers` gives some lines.
+
+    A token stays if the lines use it or it is among the first 1,500, with all that it is merged
+    from; ids are counted again in the old order, so the merges stay in theirs.
+    """
+    import tokenizers
+
+    spec = json.loads((Path(folder) / "tokenizer.json").read_text(encoding="utf-8"))
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+    made, vocab = {"".join(pair): pair for pair in pairs}, spec["model"]["vocab"]
+    whole = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    wanted = {token for line in LINES for token in whole.encode(line).tokens if token in vocab}
+    wanted |= {token for token, i in vocab.items() if i < 1500}
+    todo = list(wanted)
+    while todo:
+        parts = [part for part in made.get(todo.pop(), ()) if part not in wanted]
+        wanted.update(parts)
+        todo += parts
+    kept = sorted(wanted, key=vocab.get)
+    spec["model"] |= {"vocab": {token: i for i, token in enumerate(kept)},
+                      "merges": [pair for pair in pairs if "".join(pair) in wanted]}
+    for i, token in enumerate(spec["added_tokens"], len(kept)):
+        token["id"] = i
+    part = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    rows = [[line, part.encode(line).ids] for line in LINES]
+    (HERE / "qwen_tokens.json").write_text(json.dumps({"tokenizer": spec, "lines": rows}))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    folder, *names = sys.argv[1:] or ["", "qwen2_tiny"]
+    if {"hears", "speaks"} & set(names):
         import originals
-        originals.sources(sys.argv[1])
-    for make in sys.argv[2:] or ["qwen2_tiny"]:
-        {"qwen2_tiny": qwen2_tiny, "hears": hears, "speaks": speaks}[make]()
+        originals.sources(folder)
+    for name in names:
+        qwen_tokens(folder) if name == "qwen_tokens" else globals()[name]()
