@@ -60,17 +60,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_proj")}
 
 
-def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`state` itself, the parts of each fused linear put together; they leave it one linear after
-    the other, so that no more than one is ever held twice."""
-    for name, parts in FUSED.items():
-        for first in [key for key in state if f"{parts[0]}." in key]:
-            keys = [first.replace(parts[0], part) for part in parts]
-            if all(key in state for key in keys):  # else torch's own error tells what is missing
-                state[first.replace(parts[0], name)] = torch.cat([state.pop(k) for k in keys])
-    return state
-
-
 def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bool) -> None:
     """Set `home.<name>` to one linear doing the work of several that read the same input.
 
@@ -86,7 +75,14 @@ def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bo
             state.update({f"{prefix}{part}.{kind}": r for part, r in zip(FUSED[name], rows)})
 
     home.register_state_dict_post_hook(split)
-    home.register_load_state_dict_pre_hook(lambda _, state, *__: joined(state))
+
+    def join(_, state, prefix, *__):
+        for kind, _ in linear.named_parameters():
+            keys = [f"{prefix}{part}.{kind}" for part in FUSED[name]]
+            if all(key in state for key in keys):  # else torch's own error tells what is missing
+                state[f"{prefix}{name}.{kind}"] = torch.cat([state.pop(key) for key in keys])
+
+    home.register_load_state_dict_pre_hook(join)
 
 
 class RMSNorm(nn.Module):
@@ -318,9 +314,7 @@ def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """A Hugging Face Qwen2 / Qwen2.5 folder, sharded or not -> (DecoderConfig fields, state dict
     without speech_*). ValueError: another architecture, or the weight or file that does not fit.
 
-    The state dict is `joined` already: with load_state_dict(assign=True) on a decoder made on
-    torch's meta device, loading takes the memory of the weights in their own dtype and no more.
-    They are read, not mapped: pages of a mapping that were joined would stay beside the copy.
+    The weights are mapped, so what is not used is not read.
     """
     config = Path(folder) / "config.json"
     hf = opened(config, read_json, "the config of a Hugging Face Qwen2 model")
@@ -347,7 +341,6 @@ def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
                         "the index of a sharded model")
     state = {}
     for shard in shards:
-        state |= opened(config.with_name(shard), lambda path: load_file(path, backend="pread"),
-                        "a whole safetensors file")
+        state |= opened(config.with_name(shard), load_file, "a whole safetensors file")
     state = renamed(state, QWEN2_TIED if fields["tied"] else QWEN2)
-    return fields, joined(checked(state, DecoderConfig(**fields), speech=False))
+    return fields, checked(state, DecoderConfig(**fields), speech=False)

@@ -621,7 +621,7 @@ def test_small_is_made_of_published_parts(tmp_path, tokenizer_folder, capsys, mo
     assert model.cfg.name == "small" and (tmp_path / "small" / "tokenizer.json").exists()
 
 
-@pytest.mark.parametrize("what, words", [("no whisper", "no such file"), ("no shard", "no such"),
+@pytest.mark.parametrize("what, words", [("no whisper", "no such file"), ("no shard", "found none"),
                                          ("qwen as whisper", "expected the weights of Whisper")])
 def test_parts_that_do_not_fit(tmp_path, tokenizer_folder, capsys, monkeypatch, what, words):
     whisper, llm = parts(tmp_path, tokenizer_folder)
@@ -643,10 +643,7 @@ def test_parts_that_do_not_fit(tmp_path, tokenizer_folder, capsys, monkeypatch, 
 
 @pytest.fixture(scope="module")
 def golden():
-    path = GOLDEN / "osum_echat.safetensors"
-    if not path.exists():
-        pytest.skip("tests/golden/osum_echat.py has not been run")
-    return echat.read_weights(str(path))
+    return echat.read_weights(str(GOLDEN / "osum_echat.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -665,13 +662,11 @@ def test_hears_as_the_released_code(golden, twin):
         torch.testing.assert_close(speech[0], golden[f"hear.{i}"], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("task", ["text", "s2t_chat", "s2t_chat_think", "text2text", "text2token",
-                                  "text2token_streaming", "speech2text_token",
-                                  "speech2text_token_think", "speech2text_token_streaming"])
+@pytest.mark.parametrize("task", ["text", "s2t_chat", "text2text", "speech2text_token",
+                                  "speech2text_token_streaming"])
 def test_trains_as_the_released_code(golden, twin, tok, task):
-    """Label ids, last hidden states, loss. Two differences are meant: the softmax of their text
-    tasks is over text alone, and their tts also trains the opening of speech, which the prompt of
-    generation holds."""
+    """Label ids, last hidden states, loss. One difference is meant: the softmax of their text
+    tasks is over text alone."""
     import golden_osum as g
     name, text = g.TASKS[task]
     cfg, heard = twin.cfg.decoder, g.mels()[0]
@@ -688,9 +683,6 @@ def test_trains_as_the_released_code(golden, twin, tok, task):
     seen = [i not in tok.unknown for i in answer]
     targets = [-100] * len(ids) + [i if s else -100 for i, s in zip(answer, seen)]
     theirs = golden[f"{task}.targets"].tolist()
-    if name == "tts":
-        assert theirs[len(ids) - 2] == speech[0]
-        theirs[len(ids) - 2] = -100
     assert targets[1:] == theirs
     attend = torch.tensor([[True] * len(ids) + seen])
     row = torch.tensor([ids + [i if s else 0 for i, s in zip(answer, seen)]])
