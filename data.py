@@ -1323,8 +1323,8 @@ def speaker_vector(wave: Tensor, path: str) -> Tensor:
         feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
         return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
     except Exception as e:  # onnxruntime's errors have no public base
-        raise ValueError(f"{path}: expected campplus.onnx ({str(e).splitlines()[0][:150]})"
-                         ) from None
+        reason = str(e).partition("\n")[0][:150]
+        raise ValueError(f"{path}: expected campplus.onnx ({reason})") from None
 
 
 def protocol_texts(times: int = 300) -> list[str]:

@@ -448,7 +448,8 @@ def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
     try:
         graph = onnx.load(path).graph
     except Exception as e:  # protobuf's own errors have no public name
-        raise ValueError(f"{path}: expected an ONNX graph ({str(e).splitlines()[0]})") from None
+        reason = str(e).partition("\n")[0]
+        raise ValueError(f"{path}: expected an ONNX graph ({reason})") from None
     arrays = {w.name: torch.from_numpy(onnx.numpy_helper.to_array(w).copy())
               for w in graph.initializer}
     state, convs = {}, [node for node in graph.node if node.op_type == "Conv"]

@@ -458,11 +458,11 @@ def read_pickled(path: str, what: str) -> dict[str, Tensor]:
     "generator"; or ValueError: what was expected, what was found."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, UnpicklingError, EOFError) as e:
+    except (OSError, RuntimeError, UnpicklingError, EOFError) as e:
         with open(path, "rb") as f:
-            head = f.read(20)
+            head, reason = f.read(20), str(e).partition("\n")[0][:150]
         raise ValueError(f"{path}: expected {what}, found a file that begins with {head} "
-                         f"({str(e).splitlines()[0][:150]})") from None
+                         f"({reason})") from None
     state = state.get("generator", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(w, Tensor) for w in state.values()):
         raise ValueError(f"{path}: expected {what}, found something else than weights by name")

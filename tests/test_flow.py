@@ -341,7 +341,7 @@ def test_a_released_file_gives_the_released_mel(monkeypatch, rate):
     held = load_file(Path(__file__).parent / "golden" / "flow_tiny.safetensors")
     results = {k: held.pop(k).float() for k in ("noise", "mel.25", "mel.50", "spk", "prompt_mel")}
     codes, prompt_codes = held.pop("codes"), held.pop("prompt_codes")
-    tiny = replace(FULL, enc_layers=1, channels=(8, 8), mid=1, tf=1)
+    tiny = replace(FULL, enc_layers=1, channels=(8, 8), mid=1, tf=1, time_dim=32)
     monkeypatch.setattr(FlowConfig, "cosyvoice1", lambda: tiny)
     monkeypatch.setattr(flow, "noise", lambda seed, a, b, mel: results["noise"][:, a:b])
     model = Flow(replace(tiny, frames_per_code=22050 / 256 / rate)).eval()
