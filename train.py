@@ -39,7 +39,7 @@ from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weight
 # ---------------------------------------------------------------------------------------------
 # The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
 # 6:18 form in the first epoch and later ones; `think` = share of dialogues that think first;
-# `s2t` = share of spoken dialogues that answer in text only. The data of earlier steps stay in: name
+# `s2t` = share of spoken dialogues that answer in text only. Data of earlier steps stay in: name
 # every list with its weight, e.g. --data asr.jsonl:1 --data asrp.jsonl:1.
 
 

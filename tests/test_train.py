@@ -568,7 +568,7 @@ def test_bad_lists_end_with_one_line(run, lists, tmp_path, capsys, workers):
 def test_bad_checkpoints_end_with_one_line(run, lists, tmp_path, checkpoint, capsys):
     broken = copy_of(checkpoint, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no")
-    for init, flags, words in ((broken, {}, "not a readable weights file"),
+    for init, flags, words in ((broken, {}, "expected safetensors, found"),
                                (tmp_path, {}, "not a readable tokenizer.json"),
                                (checkpoint, {"resume": True}, "cannot resume")):
         with pytest.raises(SystemExit) as end:
