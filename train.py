@@ -13,6 +13,7 @@ the loop.
 Tensor legend: B batch, L tokens, T mel frames, N samples, V text vocabulary.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -26,11 +27,13 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
 import model as echat
 from data import BadInput, Mixture, Source, Tokenizer
+from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
 from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
 from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
@@ -73,6 +76,10 @@ STAGES = {
 
 PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
 TAG = re.compile(r"<[A-Z_]+>")
+# --guide: how near in seconds the text must be to the code, and the user's speech to the word,
+# which its pauses displace; the time of what has none; a shift that keeps the two apart
+NEAR, FAR, NEVER, ELSEWHERE = 0.25, 0.7, -1e9, 1e4
+PAUSE = {ord(c): n for c, n in ((",", 3), (".", 6), ("!", 6), ("?", 6))}
 
 
 @dataclass
@@ -87,6 +94,8 @@ class Sample:
     targets: list[int] = field(default_factory=list)
     part: list[int] = field(default_factory=list)
     attend: list[bool] = field(default_factory=list)
+    key: list[float] = field(default_factory=list)  # for --guide: when an id is said, or NEVER
+    query: list[float] = field(default_factory=list)  # ... and when what follows it is
     audio: list[tuple] = field(default_factory=list)  # path, start, end in seconds; oldest first
 
     @property
@@ -104,6 +113,42 @@ class Sample:
         self.targets += [i if s and part else -100 for i, s in zip(ids, seen)]
         self.part += [PARTS.index(part) if part else -1] * len(ids)
         self.attend += seen
+        self.key += [NEVER] * len(ids)
+        self.query += [NEVER] * len(ids)
+
+    def say(self, first: int, times: list[float], vocab: int) -> None:
+        """From position `first` on: text is said at `times`, codes are 1/25 s apart."""
+        turn, code = iter(times), itertools.count()
+        for i in range(first, self.length):
+            if self.ids[i] >= vocab:
+                self.query[i - 1] = next(code) / 25 / NEAR
+            else:
+                self.key[i] = next(turn, NEVER) / NEAR
+
+    def listen(self, first: int, times: list[float], slots: int) -> None:
+        """The latest speech of the user, `slots` long, is written down from `first` on."""
+        begin = first - 1 - self.ids[:first][::-1].index(AUDIO)  # of its last slot
+        for i in range(slots):
+            self.key[begin - i] = ELSEWHERE + 0.08 * (slots - i) / FAR
+        for i, time in enumerate(times):
+            self.query[first - 1 + i] = ELSEWHERE + time / FAR if time > NEVER else NEVER
+
+
+def said_at(ids: list[int], tok: Tokenizer, seconds: float, begin: int, end: int) -> list[float]:
+    """The second at which the middle of each id is said, if every character of bytes begin:end
+    takes as long, and a mark some more; NEVER outside of them."""
+    sizes = [len(tok.bytes_of(i)) for i in ids]
+    said = b"".join(map(tok.bytes_of, ids))
+    cost = [PAUSE.get(c, 1) if begin <= i < end else 0 for i, c in enumerate(said)]
+    ends = list(itertools.accumulate(cost, initial=0))
+    edges = [ends[n] for n in itertools.accumulate(sizes, initial=0)]
+    return [(a + b) / 2 * seconds / ends[-1] if b > a else NEVER for a, b in zip(edges, edges[1:])]
+
+
+def tagless(txt: str) -> tuple[int, int]:
+    """First and last byte of what is spoken: all but the emotion tag in front."""
+    tag = TAG.match(txt)
+    return tag.end() if tag else 0, len(txt.encode())
 
 
 def interleave(text: list[int], speech: list[int]) -> list[tuple[str, list[int]]]:
@@ -164,10 +209,12 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             if value in data.LABELS[name]:
                 sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
         words = len(TAG.split(txt)[0].encode())
-        at = 0
+        at, first = 0, sample.length
         for token in tok.encode(txt):
             sample.add([token], "asr" if at < words else "p", tok.unknown)
             at += len(tok.bytes_of(token))
+        if words:
+            sample.listen(first, said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words), slots[-1])
         if not txt.endswith(echat.UNKNOWN):
             sample.add([tok.im_end], "p" if at > words else "asr")
         return sample
@@ -179,11 +226,15 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         text = [*tok.encode(txt), tok.im_end]
         stream = stream and 3 * len(text) <= len(speech)
         sample = Sample("tts_stream" if stream else "tts")
-        sample.add(prompt(sample.kind, tok, cfg.decoder, text=txt))
+        asked = prompt(sample.kind, tok, cfg.decoder, text=txt)
+        sample.add(asked)
         if not stream:
             sample.add(speech[1:], "speech")  # the prompt has opened it
         for part, ids in interleave(text, speech) if stream else ():
             sample.add(ids, part)
+        spoken = said_at(text, tok, len(codes) / 25, *tagless(txt))
+        first = len(asked) if stream else len(asked) - len(tok.fixed(echat.ASSISTANT)) - len(text)
+        sample.say(first, spoken, V)
         return sample
 
     # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
@@ -208,12 +259,19 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     sample = Sample(name + user, audio=clips)
     sample.add(prompt(name, tok, cfg.decoder, slots[-1], user, history))
     sample.add(answer[:thought], "think", tok.unknown)
+    first, heard = sample.length, think.find(said := extra.get("q_txt") or "")
+    if said and heard > 0:
+        heard = len(think[:heard].encode())
+        sample.listen(first - thought, said_at(answer[:thought], tok, 0.08 * slots[-1], heard,
+                                               heard + len(said.encode())), slots[-1])
     if stream:
         for part, ids in interleave(text, speech):
             sample.add(ids, part)
     else:
         sample.add(text, "text")
         sample.add(speech if speaks else [], "speech")
+    if speaks:
+        sample.say(first, said_at(text, tok, len(codes) / 25, *tagless(txt)), V)
     return sample
 
 
@@ -235,6 +293,10 @@ class Dialogue:
             self.module.cues = nn.Linear(cfg.adapter.d_out, values)
             self.parameters["model"] += self.module.cues.parameters()
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
+        if args.guide:
+            layers = self.module.decoder.layers
+            self.guided = layers[(len(layers) - 1) // 2].self_attn
+            self.guided.register_forward_pre_hook(lambda _, context: setattr(self, "watched", context))
         self.step = 0  # the loop's
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
 
@@ -243,6 +305,8 @@ class Dialogue:
         batch = {"ids": data.pad_stack([torch.tensor(s.ids) for s in samples]),
                  "targets": data.pad_stack([torch.tensor(s.targets) for s in samples], -100),
                  "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1),
+                 "key": data.pad_stack([torch.tensor(s.key) for s in samples], NEVER),
+                 "query": data.pad_stack([torch.tensor(s.query) for s in samples], NEVER),
                  "cues": torch.tensor([s.cues for s in samples])}
         if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
             batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
@@ -280,9 +344,31 @@ class Dialogue:
         _, each = self.module(batch["ids"], attend=batch.get("attend"), targets=batch["targets"],
                               heard=heard)  # (n,)
         part = batch["part"][batch["targets"] != -100]  # the same order as the targets'
+        if self.args.guide and (batch["query"] > NEVER).any():
+            loss, stats["guide"] = self.guide(batch)
+            extra = extra + self.args.guide * loss
         stats |= {name: (each.detach()[part == i].sum(), (part == i).sum())
                   for i, name in enumerate(PARTS)}
         return each.sum() / len(each) + extra, stats
+
+    def guide(self, batch: dict) -> tuple[Tensor, tuple]:
+        """One head looks at the text that is said while it predicts a code, and at the speech that
+        it writes down: minus the log of its attention nearby (guided attention, Tachibana et al.
+        2018). Not in the paper: what days of training let a head find, this shows it at once."""
+        x, cos, sin, mask, cache, index = self.watched  # of the latest forward: all but the prompt
+        layer = self.guided
+        E, W, b = layer.width, layer.qkv.weight, layer.qkv.bias
+        q, k = (rotate(F.linear(x, W[i:i + E], b[i:i + E])[:, :, None], cos, sin)[:, :, 0]
+                for i in (0, layer.heads * E))  # (B, T, E), the first of the query and key heads
+        if cache:
+            k = torch.cat([cache.kv[index][0][:, 0].expand(len(k), -1, -1), k], 1)  # (B, S, E)
+        T, S = q.shape[1], k.shape[1]
+        seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
+            else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
+        attention = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~seen, -1e9).log_softmax(-1)
+        now, at = batch["query"][:, S - T:], batch["key"][:, None]  # (B, T), (B, 1, S)
+        loss = -(attention - (now[..., None] - at) ** 2 / 2).logsumexp(-1)[now > NEVER]
+        return loss.mean(), (loss.detach().sum(), len(loss))
 
     def ear(self, speech: Tensor, lengths: Tensor, batch: dict) -> tuple[Tensor, dict]:
         """What the adapter's output must tell by itself: the words by CTC, the labels by a linear
@@ -298,10 +384,10 @@ class Dialogue:
             extra, stats["ctc"] = ctc, (ctc.detach(), 1)
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
-        logits = self.module.cues(nn.functional.rms_norm(mean, mean.shape[1:]))  # (B, 20)
+        logits = self.module.cues(F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
         for i, part in enumerate(logits.split([len(v) for v in data.LABELS.values()], 1)):
             if (known := batch["cues"][:, i] >= 0).any():
-                loss = nn.functional.cross_entropy(part[known], batch["cues"][known, i])
+                loss = F.cross_entropy(part[known], batch["cues"][known, i])
                 extra, name = extra + loss, f"cue_{ASKED[i + 1]}"
                 stats[name] = (loss.detach() * known.sum(), known.sum())
         return self.args.ear * extra, stats
@@ -767,6 +853,8 @@ def main() -> None:
     p.add_argument("--ear", type=float, default=0.0,
                    help="weight of the words and labels that the adapter's output tells by itself")
     p.add_argument("--ear-first", type=int, default=0, help="first steps on that alone")
+    p.add_argument("--guide", type=float, default=0.0,
+                   help="weight of one head's attention to what is being said")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
