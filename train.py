@@ -287,11 +287,17 @@ class Dialogue:
         load_if_there(self.module, args.init, "model.safetensors")
         if args.whisper:
             self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
+            self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
         if args.ear:
             values = sum(map(len, data.LABELS.values()))
             self.module.cues = nn.Linear(cfg.adapter.d_out, values)
-            self.parameters["model"] += self.module.cues.parameters()
+            D = cfg.adapter.d_in
+            self.module.letters = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * 256))
+            self.module.adapter.embed.register_forward_pre_hook(
+                lambda _, inputs: setattr(self, "convolved", inputs[0]))
+            self.parameters["model"] += [*self.module.cues.parameters(),
+                                         *self.module.letters.parameters()]
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         if args.guide:
             layers = self.module.decoder.layers
@@ -382,6 +388,13 @@ class Dialogue:
             ctc = self.module.ctc(speech[said], lengths[said], words,
                                   self.tok.fixed("<|endoftext|>")[0])
             extra, stats["ctc"] = ctc, (ctc.detach(), 1)
+            spelt = [torch.tensor(list(b"".join(map(self.tok.bytes_of, w.tolist())).lower()))
+                     for w in words]
+            logits = self.module.letters(self.convolved[said]).unflatten(2, (4, 256)).flatten(1, 2)
+            loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(spelt),
+                              4 * lengths[said], torch.tensor([len(w) for w in spelt]),
+                              zero_infinity=True)
+            extra, stats["letters"] = extra + loss, (loss.detach(), 1)
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
         logits = self.module.cues(F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
@@ -393,7 +406,7 @@ class Dialogue:
         return self.args.ear * extra, stats
 
     def save(self, folder: str) -> None:
-        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith("cues.")}
+        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith(("cues.", "letters."))}
         echat.save_weights(os.path.join(folder, "model.safetensors"), kept)
 
 
@@ -636,12 +649,16 @@ class Trainer:
         self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Parameter groups: what comes from Whisper may learn at a share of the rate."""
-        whisper = {p for name, p in self.trainee.module.named_parameters()
-                   if name.startswith(self.trainee.whisper)}
-        slow, fast = ([p for p in parameters if (p in whisper) == s] for s in (True, False))
-        return [{"params": p, "scale": scale} for p, scale in
-                ((slow, self.args.whisper_lr), (fast, 1.0)) if p]
+        """Parameter groups: what comes from Whisper may learn at a share of the rate, and what
+        the ear spells with at a multiple: before it can, nothing behind it learns much."""
+        scales = {self.trainee.whisper: self.args.whisper_lr,
+                  ("letters.", "adapter.convs.") if self.args.ear else (): 4.0}
+        groups = {}
+        names = {p: name for name, p in self.trainee.module.named_parameters()}
+        for p in parameters:
+            scale = next((v for k, v in scales.items() if names[p].startswith(k)), 1.0)
+            groups.setdefault(scale, []).append(p)
+        return [{"params": p, "scale": scale} for scale, p in groups.items()]
 
     def config(self) -> echat.Config:
         args = self.args
