@@ -1050,12 +1050,26 @@ def sentences(scenes: list) -> list[dict]:
 KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
 
 
+def drill(texts: list[str], rng) -> str:
+    """5 to 9 words, cut from sentences one to three at a time: words in an order never heard."""
+    words = []
+    while len(words) < 5:
+        said = pick(rng, texts).rstrip(".!?").split()
+        first = rng.integers(len(said))
+        words += said[first:first + rng.integers(1, 4)]
+    text = " ".join(words)
+    return text[0].upper() + text[1:].rstrip(",") + "."
+
+
 def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, seed: int) -> dict:
     """All that is random about one dialogue, before any sound: sentence, labels, voice, texts."""
     rng = np.random.default_rng([seed, 0, index])
     pool, voices = pools[split, "sentences"], pools[split, "voices"]
     gendered = kind == "gender" and rng.random() < 0.7
-    sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
+    if kind == "drill":
+        sentence = {"query": drill(pools["texts"], rng), "scene": {"id": ""}}
+    else:
+        sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
     labels = {k: pick(rng, v) for k, v in LABELS.items()}
     labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
     plain = rng.random() < 0.5 and kind != "event"
@@ -1067,15 +1081,17 @@ def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, see
     voice = pick(rng, [v for v in able if v.engine == engine])
     known = labels if kind == "multi" else {k: labels[k] for k in labels if k == kind}
     tone = reply_emotion(known)
+    reply = "" if kind == "drill" else compose(sentence["scene"], sentence["value"], known,
+                                               clauses, rng)
     return {"index": index, "split": split, "kind": kind, "query": sentence["query"],
             "scene": sentence["scene"]["id"], "labels": labels, "known": known, "tone": tone,
-            "voice": asdict(voice), "reply": compose(sentence["scene"], sentence["value"], known,
-                                                     clauses, rng),
+            "voice": asdict(voice), "reply": reply,
             "think": think(sentence["scene"]["domain"], known, tone, rng) if known else ""}
 
 
 def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set) -> list[dict]:
-    """n train dialogues (+1 % spare for rejects) and 600 test ones."""
+    """n train dialogues (+1 % spare for rejects), 600 test ones, and n / 2 drills: without them a
+    small model learns the few thousand sentences by heart instead of listening to their words."""
     rows, table = sentences(scenes), [v for v in voice_table() if v.engine in engines]
     pools = {(s, "sentences"): [r for r in rows if r["split"] == s] for s in ("train", "test")}
     pools |= {(s, "voices"): [v for v in table if v.split == s] for s in ("train", "test")}
@@ -1083,8 +1099,11 @@ def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set) -> list[d
     tests = ["multi"] * 300 + [k for k in list(KINDS)[1:] for _ in range(60)]
     kinds = [("test", k) for k in tests]
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
-    return [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
-            enumerate(tqdm(kinds, "plan", leave=False))]
+    items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
+             enumerate(tqdm(kinds, "plan", leave=False))]
+    pools["texts"] = sorted({i[k] for i in items if i["split"] == "train" for k in ("query", "reply")})
+    return items + [plan_item(len(items) + i, "train", "drill", pools, clauses, seed)
+                    for i in range(n // 2)]
 
 # ---------------------------------------------------------------- manifests
 
@@ -1112,7 +1131,7 @@ def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
     shown = {names.get(k, k): tag(v) for k, v in known.items()}
     shown |= {"think_str": item["think"]} if known else {}
     task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
-    out = [("echat" if known else "plain", record(
+    out = [] if item["kind"] == "drill" else [("echat" if known else "plain", record(
         f"echat_{key}", wav, tag(item["tone"]) + item["reply"], task, q_txt=q, **shown,
         emotion=tag(item["tone"]), reply_wav=reply_path(item["reply"], item["tone"]),
         scene=item["scene"], kind=item["kind"], recipe=recipe))]
@@ -1137,9 +1156,10 @@ def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
     """Text chat, repeating, and the query sentences as TTS material: (set, split, record)."""
     out, rng = [], np.random.default_rng([seed, 3])
     for i, row in enumerate(rows):
-        answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
-        out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
-                                                 question=row["query"])))
+        if "value" in row:  # not a drill
+            answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
+            out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
+                                                     question=row["query"])))
         out.append(("text", row["split"], record(f"again_{i:05d}", "", row["query"], "<TEXT2TEXT>",
                                                  question="Repeat: " + row["query"])))
         out.append(("tts", row["split"], record(
@@ -1155,7 +1175,7 @@ def write_manifests(out: Path, items: list, rows: list, seconds: dict, seed: int
         for name, entry in item_records(item, f"query/{item['index']:06d}.wav", seed):
             sets.setdefault((name, item["split"]), []).append(entry)
         wav = reply_path(item["reply"], item["tone"])
-        if wav not in spoken:
+        if item["reply"] and wav not in spoken:
             spoken.add(wav)
             sets.setdefault(("tts", item["split"]), []).append(record(
                 f"tts_r{len(spoken):05d}", wav, tag(item["tone"]) + item["reply"], "<TEXT2TOKEN>",
@@ -1163,6 +1183,8 @@ def write_manifests(out: Path, items: list, rows: list, seconds: dict, seed: int
     for name, split, entry in text_records(rows, seed):
         sets.setdefault((name, split), []).append(entry)
     for (name, split), entries in sorted(sets.items()):
+        if split == "train":  # a reader shuffles within its window only
+            random.Random(seed).shuffle(entries)
         lines = [json.dumps(e) for e in entries]
         (out / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n")
         hours = sum(seconds.get(e["wav"], 0) for e in entries) / 3600
@@ -1196,7 +1218,9 @@ def build(args: argparse.Namespace):
         (out / folder).mkdir(parents=True, exist_ok=True)
     if "kokoro" in engines:
         kokoro_tts()  # joins its model file once, before the children need it
-    replies = {(i["reply"], i["tone"]) for i in items} | {(r["query"], "NEUTRAL") for r in rows}
+    rows += [i for i in items if i["kind"] == "drill"]
+    replies = {(i["reply"], i["tone"]) for i in items if i["reply"]}
+    replies |= {(r["query"], "NEUTRAL") for r in rows}
     jobs = [("query", out / f"query/{i['index']:06d}.wav", i, args.seed) for i in items]
     jobs += [("reply", out / reply_path(*r), *r) for r in sorted(replies)]
     seconds, rejects = {}, Counter()
@@ -1207,7 +1231,8 @@ def build(args: argparse.Namespace):
             rejects[reason] += bool(reason)
     good = [i for i in items if seconds[f"query/{i['index']:06d}.wav"]]
     items = [i for i in good if i["split"] == "test"]
-    items += [i for i in good if i["split"] == "train"][:args.n]
+    items += [i for i in good if i["split"] == "train" and i["kind"] != "drill"][:args.n]
+    items += [i for i in good if i["kind"] == "drill"]
     write_manifests(out, items, rows, seconds, args.seed)
     for name in LABELS:
         print(name, dict(Counter(i["labels"][name] for i in items).most_common()))
