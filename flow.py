@@ -19,12 +19,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from decoder import exact
+from encoder import frame_mask
+
 SIGMA = 1e-6      # width of the path's end: part of the published formula, too small to matter
 NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
 
 
-# ---- primitives
+# ---- what a layer knows of its surroundings
 
 class Tape:
     """Left context of every causal layer, in the order the layers run: read from the last segment,
@@ -41,6 +44,32 @@ class Tape:
         return x
 
 
+class Around:
+    """What a layer has to know besides its input x (B, T, D).
+
+    valid (B, T), False on pads, or None: no pads, and no time lost on them. mask (B or 1, 1, T,
+    past + T), True where seen, or None: with a chunk size a frame sees its own chunk and `left`
+    before it, else all. tape: only when streaming; attention keeps `reach` frames of the past."""
+
+    def __init__(self, x: Tensor, valid: Tensor | None = None, chunk: int = 0, left: int = 0,
+                 past: int = 0, tape: Tape | None = None):
+        self.valid, self.tape, self.reach, self.mask = valid, tape, left * chunk, None
+        if chunk:
+            key = torch.arange(past + x.shape[1], device=x.device) // chunk
+            query = key[past:, None]
+            mask = (key <= query) & (key >= query - left)  # (T, S)
+            self.mask = None if mask.all() else mask[None, None]
+        if valid is not None:  # a pad still sees itself, lest a softmax over nothing be NaN
+            seen = valid[:, None, None] if self.mask is None else self.mask & valid[:, None, None]
+            self.mask = seen | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+
+    def silence(self, x: Tensor) -> Tensor:
+        """Zero what a convolution would see beyond the end, so a pad looks like the end."""
+        return x if self.valid is None else x * self.valid[..., None]
+
+
+# ---- primitives
+
 class Conv(nn.Conv1d):
     """Conv1d on (B, T, D). Causal: all padding on the left, or from the tape when streaming."""
 
@@ -48,12 +77,12 @@ class Conv(nn.Conv1d):
         super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
         self.causal = causal
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, tape: Tape | None = None) -> Tensor:
+    def forward(self, x: Tensor, near: Around) -> Tensor:
         k, n = self.kernel_size[0], x.shape[1]
         if not self.causal and k > 1:
-            return super().forward(silence(x, valid).mT).mT
+            return super().forward(near.silence(x).mT).mT
         if k > 1:  # shifts side by side and one matmul: on a CPU twice as fast as conv1d
-            x = x if tape is None else tape.extend(x, k - 1)
+            x = x if near.tape is None else near.tape.extend(x, k - 1)
             x = F.pad(x, (0, 0, n + k - 1 - x.shape[1], 0))
             x = torch.stack([x[:, i:i + n] for i in range(k)], -1).flatten(2)  # (B, T, D k)
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -62,33 +91,21 @@ class Conv(nn.Conv1d):
 class Upsample(nn.ConvTranspose1d):
     """Twice the frames, (B, T, D) -> (B, 2T, D)."""
 
-    def forward(self, x: Tensor, valid: Tensor | None, tape: None) -> Tensor:
-        return super().forward(silence(x, valid).mT).mT
+    def forward(self, x: Tensor, near: Around) -> Tensor:
+        return super().forward(near.silence(x).mT).mT
 
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm on (B, T, D) with statistics over real frames: a pad must not change its sample."""
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if valid is None:
+    def forward(self, x: Tensor, near: Around) -> Tensor:
+        if near.valid is None:
             return super().forward(x.mT).mT
-        g, m = x.unflatten(-1, (self.num_groups, -1)), valid[..., None, None]  # (B, T, G, D/G)
+        g, m = x.unflatten(-1, (self.num_groups, -1)), near.valid[..., None, None]  # (B, T, G, D/G)
         n = m.sum((1, 3), keepdim=True) * g.shape[-1]
-        mean = (g * m).sum((1, 3), keepdim=True) / n
-        var = ((g - mean).square() * m).sum((1, 3), keepdim=True) / n
-        return ((g - mean) * (var + self.eps).rsqrt()).flatten(2) * self.weight + self.bias
-
-
-def silence(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero what a convolution would see beyond the end, so a pad looks like the end."""
-    return x if valid is None else x * valid[..., None]
-
-
-def real(lengths: Tensor, total: int) -> Tensor | None:
-    """valid (B, total), False on pads; None if there are none, because masks cost time."""
-    if bool((lengths == total).all()):
-        return None
-    return torch.arange(total, device=lengths.device) < lengths[:, None]
+        g = g - (g * m).sum((1, 3), keepdim=True) / n
+        var = (g.square() * m).sum((1, 3), keepdim=True) / n
+        return (g * (var + self.eps).rsqrt()).flatten(2) * self.weight + self.bias
 
 
 def angles(x: Tensor, n: int, last: int) -> Tensor:
@@ -110,6 +127,8 @@ def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
     return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
 
 
+# ---- blocks
+
 class Attention(nn.Module):
     """Multi-head attention; `relative` adds Transformer-XL positions (the encoder has them, the
     U-Net knows order from its convolutions alone)."""
@@ -127,11 +146,11 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, T, hd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, reach: int, tape: Tape | None) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if tape is not None:
-            k, v = tape.extend(k, reach), tape.extend(v, reach)  # (B, S, H hd)
-        q, k, v = self.split(q), self.split(k), self.split(v)
+    def forward(self, x: Tensor, near: Around) -> Tensor:
+        q, k, v, mask = self.q(x), self.k(x), self.v(x), near.mask
+        if near.tape is not None:
+            k, v = (near.tape.extend(y, near.reach) for y in (k, v))  # (B, S, H hd)
+        q, k, v = map(self.split, (q, k, v))
         if self.relative:
             bias = self.distance_bias(q + self.bias_v[:, None], k.shape[2], x)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -154,27 +173,6 @@ class Attention(nn.Module):
         return score.reshape(*q.shape[:2], t, s + t - 1)[..., :s]
 
 
-def attention_mask(valid: Tensor | None, t: int, past: int, chunk: int, left: int,
-                   device: torch.device) -> Tensor | None:
-    """Who sees whom, True (B or 1, 1, T, past + T); None if everybody sees everybody (fast path).
-
-    With a chunk size a frame sees its own chunk and `left` before it; `past` is whole chunks.
-    valid (B, T) is False on pads; a pad still sees itself, lest a softmax over nothing be NaN."""
-    mask = None
-    if chunk:
-        key = torch.arange(past + t, device=device) // chunk
-        query = key[past:, None]
-        mask = (key <= query) & (key >= query - left)  # (T, S)
-        mask = None if mask.all() else mask[None, None]
-    if valid is not None:
-        seen = valid[:, None, None]
-        mask = seen if mask is None else mask & seen
-        mask = mask | torch.eye(t, dtype=torch.bool, device=device)
-    return mask
-
-
-# ---- blocks
-
 class Layer(nn.Module):
     """Pre-norm transformer layer: of the encoder (relative, SiLU) or of the U-Net (GELU)."""
 
@@ -186,8 +184,8 @@ class Layer(nn.Module):
         act = nn.SiLU() if relative else nn.GELU()
         self.ff = nn.Sequential(nn.Linear(dim, ffn), act, nn.Linear(ffn, dim))
 
-    def forward(self, x: Tensor, mask: Tensor | None, reach: int, tape: Tape | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask, reach, tape)
+    def forward(self, x: Tensor, near: Around) -> Tensor:
+        x = x + self.attn(self.norm1(x), near)
         return x + self.ff(self.norm2(x))
 
 
@@ -197,11 +195,11 @@ class Block(nn.Module):
         self.conv = Conv(d_in, d_out, 3, causal)
         self.norm = nn.LayerNorm(d_out) if causal else GroupNorm(8, d_out)
 
-    def forward(self, x: Tensor, valid: Tensor | None, tape: Tape | None) -> Tensor:
-        x = self.conv(x, valid, tape)
+    def forward(self, x: Tensor, near: Around) -> Tensor:
+        x = self.conv(x, near)
         if self.conv.causal:
             return F.silu(self.norm(x))  # mish is hardly different and costs a tenth of a step
-        return F.mish(self.norm(x, valid))
+        return F.mish(self.norm(x, near))
 
 
 class Stage(nn.Module):
@@ -210,19 +208,17 @@ class Stage(nn.Module):
 
     def __init__(self, cfg: "FlowConfig", d_in: int, d: int, tail: nn.Module | None = None):
         super().__init__()
-        self.time = nn.Linear(cfg.time_dim, d)
+        self.time, self.tail = nn.Linear(cfg.time_dim, d), tail
         self.block1, self.block2 = Block(d_in, d, cfg.causal), Block(d, d, cfg.causal)
         self.skip = Conv(d_in, d, 1)
         self.layers = nn.ModuleList(
             Layer(d, cfg.heads, cfg.head_dim, 4 * d, False) for _ in range(cfg.tf))
-        self.reach, self.tail = cfg.left_chunks * cfg.chunk, tail
 
-    def forward(self, x: Tensor, temb: Tensor, valid: Tensor | None, mask: Tensor | None,
-                tape: Tape | None) -> Tensor:
-        h = self.block1(x, valid, tape) + self.time(F.mish(temb))[:, None]
-        x = self.block2(h, valid, tape) + self.skip(x)
+    def forward(self, x: Tensor, temb: Tensor, near: Around) -> Tensor:
+        h = self.block1(x, near) + self.time(F.mish(temb))[:, None]
+        x = self.block2(h, near) + self.skip(x, near)
         for layer in self.layers:
-            x = layer(x, mask, self.reach, tape)
+            x = layer(x, near)
         return x
 
 
@@ -283,20 +279,19 @@ class Encoder(nn.Module):
             for _ in range(cfg.enc_layers))
         self.norm = nn.LayerNorm(d)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, pad: tuple[int, int] | None = None,
-                past: int = 0, tape: Tape | None = None) -> Tensor:
+    def forward(self, x, valid=None, pad=None, past=0, tape=None) -> Tensor:
         """Embedded codes (B, L, D) -> (B, L, D). Streaming hands over `look_ahead` neighbours on
         either side too and says in `pad` how many of them do not exist; `past` codes are taped."""
         cfg, n = self.cfg, self.cfg.look_ahead
         x = self.proj_norm(self.proj(x)) * math.sqrt(cfg.dim)
         if self.look is not None:
             a, b = pad or (n, n)
-            x = silence(x, valid)
-            near = self.look(F.pad(x, (0, 0, a, b)).mT).mT
-            x = x[:, n - a:x.shape[1] - n + b] + F.gelu(near)
-        mask = attention_mask(valid, x.shape[1], past, cfg.chunk_codes, cfg.left_chunks, x.device)
+            x = x if valid is None else x * valid[..., None]
+            seen = self.look(F.pad(x, (0, 0, a, b)).mT).mT
+            x = x[:, n - a:x.shape[1] - n + b] + F.gelu(seen)
+        near = Around(x, valid, cfg.chunk_codes, cfg.left_chunks, past, tape)
         for layer in self.layers:
-            x = layer(x, mask, cfg.left_chunks * cfg.chunk_codes, tape)
+            x = layer(x, near)
         return self.norm(x)
 
 
@@ -310,9 +305,10 @@ class Regulator(nn.Module):
         self.out = Conv(mel, mel, 1)
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+        near = Around(x, valid)
         for conv, norm in zip(self.convs, self.norms):
-            x = F.mish(norm(conv(x, valid), valid))
-        return self.out(x)
+            x = F.mish(norm(conv(x, near), near))
+        return self.out(x, near)
 
 
 class Estimator(nn.Module):
@@ -339,8 +335,7 @@ class Estimator(nn.Module):
                     nn.init.zeros_(m.bias)
         nn.init.zeros_(self.final.weight)  # ours: velocity 0 is a better first guess than any
 
-    def forward(self, x: Tensor, mu: Tensor, spk: Tensor, cond: Tensor, t: Tensor,
-                valid: Tensor | None = None, past: int = 0, tape: Tape | None = None) -> Tensor:
+    def forward(self, x, mu, spk, cond, t, valid=None, past=0, tape=None) -> Tensor:
         """x, mu, cond (B, T, M), spk (B, M), t (B,), valid (B, T) or None -> (B, T, M)"""
         cfg, levels, skips = self.cfg, [], []
         angle = angles(1000 * t, 2 * cfg.mel, 2 * cfg.mel - 1)
@@ -349,18 +344,16 @@ class Estimator(nn.Module):
         x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)  # (B, T, 4M)
         for stage in self.down:
             valid = valid if valid is None or not levels else valid[:, ::2]
-            mask = attention_mask(valid, x.shape[1], past, cfg.chunk, cfg.left_chunks, x.device)
-            levels.append((valid, mask))
-            x = stage(x, temb, valid, mask, tape)
-            skips.append(x)
-            x = stage.tail(x, valid, tape)
+            levels.append(Around(x, valid, cfg.chunk, cfg.left_chunks, past, tape))
+            skips.append(stage(x, temb, levels[-1]))
+            x = stage.tail(skips[-1], levels[-1])
         for stage in self.mid:
-            x = stage(x, temb, *levels[-1], tape)
+            x = stage(x, temb, levels[-1])
         for stage in self.up:
-            skip, (valid, mask) = skips.pop(), levels.pop()
+            skip, near = skips.pop(), levels.pop()
             x = torch.cat([x[:, :skip.shape[1]], skip], -1)  # an odd length came back one longer
-            x = stage.tail(stage(x, temb, valid, mask, tape), valid, tape)
-        return base + self.final(self.final_block(x, valid, tape))
+            x = stage.tail(stage(x, temb, near), near)
+        return base + self.final(self.final_block(x, near), near)
 
     def base(self, x: Tensor, mu: Tensor, t: Tensor) -> Tensor:
         """The velocity at x if the mel were N(mu, spread^2), or N(0, 1) where mu is withheld. That
@@ -396,11 +389,8 @@ class Flow(nn.Module):
         self.mu_proj = nn.Linear(cfg.dim, cfg.mel)
         self.regulator = None if cfg.causal else Regulator(cfg.mel)
         self.estimator = Estimator(cfg)
-
-    @property
-    def hop_codes(self) -> int:
-        """Codes to hand to `stream` at a time: three chunks, a good part of the speed of many."""
-        return max(1, 3 * self.cfg.chunk_codes)
+        # codes to hand to `stream` at a time: three chunks, a good part of the speed of many
+        self.hop_codes = max(1, 3 * cfg.chunk_codes)
 
     def forward(self, codes: Tensor, code_lengths: Tensor, mel: Tensor,
                 spk: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,10 +404,11 @@ class Flow(nn.Module):
         total = int(frames.max())
         if mel.shape[1] < total:
             raise ValueError(f"mel has {mel.shape[1]} frames, its codes make {total}")
-        x1, valid = self.normalise(mel[:, :total]), real(frames, total)
+        x1, valid = self.normalise(mel[:, :total]), frame_mask(frames, total)
         mu = self.mean(codes, code_lengths, frames)
+        count = torch.ones_like(x1) if valid is None else valid[..., None].expand_as(x1)
         # Ours has mu be an average mel (Matcha-TTS's prior loss): codes are heeded far sooner.
-        prior = silence((mu - x1).square(), valid).sum() if self.cfg.spread else 0.0
+        prior = ((mu - x1).square() * count).sum() if self.cfg.spread else 0.0
         # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
         known = (torch.rand(b, device=device) * 0.3 * frames).long()
         known = known * (torch.rand(b, device=device) < 0.5)
@@ -430,9 +421,8 @@ class Flow(nn.Module):
         s = t[:, None, None].to(x1.dtype)
         xt = (1 - (1 - SIGMA) * s) * z + s * x1
         v = self.estimator(xt, mu, voice, cond, t, valid)
-        error = silence((v - (x1 - (1 - SIGMA) * z)).square(), valid)
-        loss = (error.sum() + prior) / (frames.sum() * self.cfg.mel)
-        return self.denormalise(xt + (1 - s) * v), loss
+        error = ((v - (x1 - (1 - SIGMA) * z)).square() * count).sum()
+        return self.denormalise(xt + (1 - s) * v), (error + prior) / count.sum()
 
     def normalise(self, mel: Tensor) -> Tensor:
         return (mel - self.cfg.mel_mean) / self.cfg.mel_std
@@ -451,30 +441,26 @@ class Flow(nn.Module):
 
     def mean(self, codes: Tensor, lengths: Tensor, frames: Tensor) -> Tensor:
         """mu (B, frames.max(), M) of a batch of codes (B, L)."""
-        valid, total = real(lengths, codes.shape[1]), int(frames.max())
+        valid, total = frame_mask(lengths, codes.shape[1]), int(frames.max())
         codes = self.check(codes if valid is None else codes * valid)
         mu = self.mu_proj(self.encoder(self.embed(codes), valid))  # (B, L, M)
         if self.regulator is None:
             return mu.repeat_interleave(int(self.cfg.frames_per_code), 1)[:, :total]
         mu = [stretch(m[None, :n], f)[0] for m, n, f in zip(mu, lengths.tolist(), frames.tolist())]
-        return self.regulator(nn.utils.rnn.pad_sequence(mu, True), real(frames, total))
+        return self.regulator(nn.utils.rnn.pad_sequence(mu, True), frame_mask(frames, total))
 
-    def generate(self, codes: Tensor, spk: Tensor, prompt_codes: Tensor | None = None,
-                 prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
-                 seed: int = 0) -> Tensor:
-        """codes (1, L), spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, frames, M)
-        -> mel (1, frames(L), M). `cfg` is the strength of guidance (0 halves the work).
-
-        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
-        state = self.start(spk, prompt_codes, prompt_mel, steps, cfg, seed)
-        return self.stream(codes, state, final=True)[0]
+    def generate(self, codes: Tensor, *voice, **how) -> Tensor:
+        """codes (1, L) -> mel (1, frames(L), M); `voice` and `how` as of `start`."""
+        return self.stream(codes, self.start(*voice, **how), final=True)[0]
 
     @torch.no_grad()
     def start(self, spk: Tensor, prompt_codes: Tensor | None = None,
               prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
               seed: int = 0) -> FlowState:
-        """The state before the first code. A causal flow renders the prompt here, once: keep the
-        state for later replies with the same voice and seed."""
+        """The state before the first code: spk (1, spk_dim), prompt_codes (1, P), prompt_mel
+        (1, frames(P), M); `cfg` is the strength of guidance (0 halves the work). A causal flow
+        renders the prompt here, once: keep the state for later replies with this voice and seed.
+        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
         if prompt_codes is None:
             prompt_codes = torch.zeros(1, 0, dtype=torch.long, device=spk.device)
         if prompt_mel is None:
@@ -498,8 +484,7 @@ class Flow(nn.Module):
         cfg, mels = self.cfg, [state.prompt[:, :0]]
         state = replace(state, codes=torch.cat([state.codes, self.check(codes)], 1))
         if not cfg.causal:
-            mel = self.offline(state) if final else mels[0]
-            return self.denormalise(mel), state
+            return self.denormalise(self.offline(state) if final else mels[0]), state
         while True:
             before = min(state.done, cfg.look_ahead)
             n = state.codes.shape[1] - before
@@ -555,8 +540,8 @@ class Flow(nn.Module):
         x = noise(state.seed, start, start + frames, self.cfg.mel).to(mu)
         grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
         for tape, t, t_next in zip(tapes, grid, grid[1:]):
-            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), None, past,
-                               tape)
+            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), past=past,
+                               tape=tape)
             x = x + (t_next - t) * ((1 + state.cfg) * v[:1] - state.cfg * v[-1:])
         return x
 
@@ -573,8 +558,9 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
     ("length_regulator.model.12.", "regulator.out."),
     *((f"length_regulator.model.{3 * i}.", f"regulator.convs.{i}.") for i in range(4)),
     *((f"length_regulator.model.{3 * i + 1}.", f"regulator.norms.{i}.") for i in range(4)),
-    ("decoder.estimator.", "estimator."), ("time_mlp.linear_1.", "time.0."),
-    ("time_mlp.linear_2.", "time.2."), ("final_proj.", "final."),
+    ("decoder.estimator.", "estimator."),
+    ("time_mlp.linear_1.", "time.0."), ("time_mlp.linear_2.", "time.2."),
+    ("final_proj.", "final."),
     *((f"{part}_blocks.{i}.{a}", f"{part}.{i}.{b}") for part in ("down", "mid", "up")
       for i in range(12) for a, b in (("0.", ""), ("1.", "layers."), ("2.conv.", "tail."),
                                       ("2.", "tail."))),
@@ -583,23 +569,17 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
     ("ff.net.0.proj.", "ff.0."), ("ff.net.2.", "ff.2."))
 
 
-def released_to_ours(key: str) -> str:
-    for old, new in COSYVOICE1:
-        key = key.replace(old, new)
-    return key
-
-
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) as state dict of Flow(FlowConfig.cosyvoice1()). ValueError
     naming a key that is unknown, missing or of another shape."""
+    theirs = {}  # our name -> theirs
+    for key in state:
+        name = key
+        for old, new in COSYVOICE1:
+            name = name.replace(old, new)
+        if name in theirs:
+            raise ValueError(f"{key}: the same weight as {theirs[name]}")
+        theirs[name] = key
     with torch.device("meta"):
         own = Flow(FlowConfig.cosyvoice1()).state_dict()
-    found = {}
-    for key, value in state.items():
-        name = released_to_ours(key)
-        if name not in own or name in found or value.shape != own[name].shape:
-            raise ValueError(f"{key}: no weight of shape {tuple(value.shape)} belongs here")
-        found[name] = value
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: missing from these weights")
-    return found
+    return exact({name: state[key] for name, key in theirs.items()}, own, theirs)

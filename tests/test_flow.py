@@ -128,7 +128,7 @@ def test_padded_batch_is_single(cfg):
     with torch.no_grad():
         total = torch.tensor(frames)
         mu = model.mean(codes, torch.tensor(lengths), total)
-        v = model.estimator(x, mu, spk, cond, t, flow.real(total, frames[0]))
+        v = model.estimator(x, mu, spk, cond, t, flow.frame_mask(total, frames[0]))
         for i, (n, f) in enumerate(zip(lengths, frames)):
             one = slice(i, i + 1)
             alone = model.mean(codes[one, :n], torch.tensor([n]), torch.tensor([f]))
