@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder import exact
+
 # ---- log-mel -----------------------------------------------------------------------------------
 
 SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms
@@ -360,10 +362,10 @@ NAMES = {  # module of HF, WeNet (the released OSUM-EChat) or S3Tokenizer -> our
 POSITIONS = ("positional_embedding", "embed_positions.weight", "embed.pos_enc.pe")
 
 
-def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Our name -> (their name, weight). A decoder is left out, and so are stored positions, once
-    they are seen to be the sinusoids (up to the rounding of half precision)."""
-    found = {}
+def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights by our names, and their names by ours. A decoder is left out, and so are stored
+    positions, once they are seen to be the sinusoids (up to the rounding of half precision)."""
+    found, theirs = {}, {}
     for old, value in state.items():
         name = re.sub(r"^(model\.)?encoder\.", "", old)
         name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
@@ -374,27 +376,17 @@ def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
             if not torch.allclose(table, sinusoids(*table.shape, table.device), atol=1e-2):
                 raise ValueError(f"{old}: not Whisper's sinusoids, which are all we compute")
         elif name in found:
-            raise ValueError(f"{old}: the same weight as {found[name][0]}")
+            raise ValueError(f"{old}: the same weight as {theirs[name]}")
         elif not re.match(r"(model\.)?decoder\.|proj_out\.", old):
-            found[name] = old, value
-    return found
+            found[name], theirs[name] = value, old
+    return found, theirs
 
 
-def checked(found: dict[str, tuple[str, Tensor]], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict, or ValueError naming a key that is unknown, missing or of another shape."""
-    for name, (old, value) in found.items():
-        if name not in own or value.shape != own[name].shape:
-            raise ValueError(f"{old}: no weight of shape {tuple(value.shape)} belongs here")
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: missing from these weights")
-    return {name: value for name, (_, value) in found.items()}
-
-
-def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
+def sizes(found: dict[str, Tensor]) -> dict[str, int]:
     """The config fields that names and shapes tell; all of Whisper's heads are 64 wide."""
     if "conv1.weight" not in found:
-        raise ValueError("conv1.weight: missing from these weights")
-    D, n_mels, _ = found["conv1.weight"][1].shape
+        raise ValueError("conv1.weight: missing")
+    D, n_mels, _ = found["conv1.weight"].shape
     n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     return dict(n_mels=n_mels, d_model=D, n_heads=D // 64, n_layers=n_layers)
 
@@ -402,33 +394,22 @@ def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
 def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
     begin with "encoder.") -> state dict of an Encoder of the same size. ValueError: a bad key."""
-    found = rename(state)
+    found, theirs = rename(state)
     with torch.device("meta"):
-        return checked(found, Encoder(EncoderConfig(**sizes(found))).state_dict())
-
-
-def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """S3 v1 under S3Tokenizer's names -> state dict of a SpeechTokenizer with vocab=0, pool=1 and
-    conv1_stride=2 (the 25 Hz file; the 50 Hz one has the same shapes and stride 1)."""
-    found = rename(state)
-    with torch.device("meta"):
-        own = SpeechTokenizer(s3_config(found)).state_dict()
-    averages = {"codebook.counts": torch.ones(len(own["codebook.embed"])),  # of training: not
-                "codebook.fitted": torch.tensor(True)}                      # released
-    return checked(found, {k: v for k, v in own.items() if k not in averages}) | averages
-
-
-def s3_config(found: dict[str, tuple[str, Tensor]], stride: int = 2) -> TokenizerConfig:
-    embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
-    return TokenizerConfig(**sizes(found), conv1_stride=stride, pool=1, codes=len(embed))
+        return exact(found, Encoder(EncoderConfig(**sizes(found))).state_dict(), theirs)
 
 
 def released_s3(state: dict[str, Tensor], rate: int = 25) -> SpeechTokenizer:
     """S3 v1 under S3Tokenizer's names -> the tokenizer, ready to encode. The weights do not tell
-    whether they make 25 or 50 codes a second."""
+    whether they make 25 or 50 codes a second. ValueError: a bad key."""
+    found, theirs = rename(state)
+    codes = len(found.get("codebook.embed", ()))
     with torch.device("meta"):
-        model = SpeechTokenizer(s3_config(rename(state), stride=50 // rate))
-    model.load_state_dict(load_s3(state), assign=True)
+        model = SpeechTokenizer(TokenizerConfig(**sizes(found), conv1_stride=50 // rate, pool=1,
+                                                codes=codes))
+    averages = {"codebook.counts": torch.ones(codes), "codebook.fitted": torch.tensor(True)}
+    exact(found | averages, model.state_dict(), theirs)  # averages are of training: not released
+    model.load_state_dict(found | averages, assign=True)
     return model.eval()
 
 
