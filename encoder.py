@@ -246,7 +246,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, rounds: int = 10) -> None:
-        """k-means on x (N, D), N >= K, from random points; empty clusters draw a new one."""
+        """k-means on x (N, D), N >= K: real frames of features(). Empty clusters draw a new one."""
         if len(x) < len(self.embed):
             raise ValueError(f"k-means of {len(self.embed)} codes got only {len(x)} features")
         self.fitted.fill_(True)
@@ -263,7 +263,7 @@ class SpeechTokenizer(nn.Module):
 
     S3 v1 has an attention decoder behind its codes; CTC asks the same of them, to keep the words.
     As in S3, the quantiser joins a recogniser that works: forward() lets features pass until
-    init_codebook() is called. Any sooner, and CTC's first move, blanks everywhere, carries all
+    codebook.fit() has seen some. Any sooner, and CTC's first move, blanks everywhere, carries all
     features to one code."""
 
     def __init__(self, cfg: TokenizerConfig):
@@ -296,10 +296,6 @@ class SpeechTokenizer(nn.Module):
         x, lengths = self.features(mel, lengths)
         codes = self.codebook.nearest(x.flatten(0, 1)).view(x.shape[:2])
         return zero_tail(codes[..., None], lengths)[..., 0], lengths
-
-    def init_codebook(self, features: Tensor) -> None:
-        """k-means on features (N, D), N >= K: the real frames that features() gave."""
-        self.codebook.fit(features)
 
     def quantise(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> codes' vectors with x's gradient, commitment loss, codes (n,) in use."""
@@ -424,10 +420,9 @@ def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
     ValueError in one line if it is not such a file or the package onnx is not installed."""
     try:
         import onnx
+        graph = onnx.load(path).graph
     except ImportError:
         raise ValueError(f"{path}: to read this, install onnx (pip install onnx)") from None
-    try:
-        graph = onnx.load(path).graph
     except Exception as e:  # protobuf's own errors have no public name
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path}: expected an ONNX graph ({reason})") from None
@@ -439,20 +434,17 @@ def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
         inputs = [(n, w) for n, w in inputs if w.is_floating_point() and w.numel() > 1]
         module, _, op = re.sub(r"^/(encoders?/)?", "", node.name).rpartition("/")
         module = module.replace("/mlp/mlp.", "/mlp/").replace("/", ".")
-        for i, (name, w) in enumerate(inputs):
-            if node.op_type == "Conv":
-                key = f"conv{convs.index(node) + 1}." + ("weight", "bias")[i]
-            elif node.op_type == "LayerNormalization":
-                key = f"{module}." + ("weight", "bias")[i]
-            elif "positional_embedding" in name:
-                key = "positional_embedding"
-            else:
-                key = f"{module}.{ONNX_OPS.get(op, op)}"
-            w = w.T.contiguous() if w.dim() == 2 and op == "MatMul" else w
+        module = f"conv{convs.index(node) + 1}" if node.op_type == "Conv" else module
+        for kind, (name, w) in zip(("weight", "bias"), inputs):
+            if node.op_type not in ("Conv", "LayerNormalization"):
+                kind = ONNX_OPS.get(op, op)
+            turned = w.dim() == 2 and (op == "MatMul" or "codebook" in node.name)
+            w = w.T.contiguous() if turned else w
             if "codebook" not in node.name:
-                state["encoder." + key] = w
+                where = re.search("positional_embedding", name)
+                state["encoder." + (where[0] if where else f"{module}.{kind}")] = w
             elif w.dim() == 2 and min(w.shape) > 1:  # not |e|^2, should that be stored
-                state["quantizer._codebook.embed"] = w if op == "MatMul" else w.T.contiguous()
+                state["quantizer._codebook.embed"] = w
     strides = [a.ints[0] for node in convs[:1] for a in node.attribute if a.name == "strides"]
     if not strides or "quantizer._codebook.embed" not in state:
         raise ValueError(f"{path}: expected S3 v1, found an ONNX graph without its codebook")

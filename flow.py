@@ -22,7 +22,6 @@ from torch import Tensor
 from decoder import exact
 from encoder import frame_mask
 
-SIGMA = 1e-6      # width of the path's end: part of the published formula, too small to matter
 NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
 
@@ -419,9 +418,9 @@ class Flow(nn.Module):
 
         z, t = torch.randn_like(x1), torch.rand(b, device=device)
         s = t[:, None, None].to(x1.dtype)
-        xt = (1 - (1 - SIGMA) * s) * z + s * x1
+        xt = (1 - s) * z + s * x1  # published with sigma = 1e-6, which is too small to matter
         v = self.estimator(xt, mu, voice, cond, t, valid)
-        error = ((v - (x1 - (1 - SIGMA) * z)).square() * count).sum()
+        error = ((v - (x1 - z)).square() * count).sum()
         return self.denormalise(xt + (1 - s) * v), (error + prior) / count.sum()
 
     def normalise(self, mel: Tensor) -> Tensor:
@@ -483,17 +482,18 @@ class Flow(nn.Module):
         with `final`. Without causality all mel depends on all codes and leaves with `final`."""
         cfg, mels = self.cfg, [state.prompt[:, :0]]
         state = replace(state, codes=torch.cat([state.codes, self.check(codes)], 1))
-        if not cfg.causal:
-            return self.denormalise(self.offline(state) if final else mels[0]), state
-        while True:
+        if final and not cfg.causal:
+            mels.append(self.offline(state))
+        while cfg.causal:
             before = min(state.done, cfg.look_ahead)
             n = state.codes.shape[1] - before
             if not final:
                 n = max(0, n - cfg.look_ahead) // cfg.chunk_codes * cfg.chunk_codes
             if n == 0:
-                return self.denormalise(torch.cat(mels, 1)), state
+                break
             mel, state = self.segment(state, before, min(n, SEGMENT * cfg.chunk_codes))
             mels.append(mel)
+        return self.denormalise(torch.cat(mels, 1)), state
 
     def segment(self, state: FlowState, before: int, n: int) -> tuple[Tensor, FlowState]:
         """Render the next n codes, whole chunks unless the reply ends with them; `before` rendered

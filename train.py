@@ -449,9 +449,8 @@ class S3:
     def collate(self, clips: list[Clip], seed: str) -> dict:
         mels = [data.features(c.path, self.cfg.n_mels) for c in clips]
         texts = [torch.tensor(list(c.text.encode())) for c in clips]
-        lengths = {name: torch.tensor([len(x) for x in rows])
-                   for name, rows in (("mel_lengths", mels), ("text_lengths", texts))}
-        return {"mel": data.pad_stack(mels), "text": data.pad_stack(texts)} | lengths
+        return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
+                "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)])}
 
     def weight(self, batch: dict) -> int:
         return len(batch["mel"])
@@ -461,18 +460,15 @@ class S3:
         if self.module.training and not self.module.codebook.fitted:
             after = self.args.quantise_after
             if self.step > after - 40:
-                self.gather(batch)
+                with torch.no_grad():
+                    x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
+                self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
             if self.step > after and len(self.recent) > min(40, after):
-                self.module.init_codebook(torch.cat(self.recent))
+                self.module.codebook.fit(torch.cat(self.recent))
                 self.recent = []
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
         return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
-
-    @torch.no_grad()
-    def gather(self, batch: dict) -> None:
-        x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
-        self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
 
     def save(self, folder: str) -> None:
         """What encode() needs; the tail and the CTC head were only the teacher."""
@@ -532,7 +528,8 @@ class Voice:
         return flow.stream(codes, replace(self.begun[path], seed=rng.getrandbits(32)), True)[0]
 
     def save(self, folder: str) -> None:
-        echat.save_weights(os.path.join(folder, "token2wav.safetensors"), self.folded())
+        echat.save_weights(os.path.join(folder, "token2wav.safetensors"),
+                           fold_weights(self.whole.state_dict()))
 
 
 class FlowStage(Voice):
@@ -559,9 +556,6 @@ class FlowStage(Voice):
             stats["mel"] = F.l1_loss(made, mel[:1, :made.shape[1]]), 1
         return loss, stats
 
-    def folded(self) -> dict:
-        return self.whole.state_dict()
-
 
 class VocoderStage(Voice):
     """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3)."""
@@ -570,8 +564,8 @@ class VocoderStage(Voice):
 
     def __init__(self, args, cfg, stage):
         super().__init__(args, cfg, stage)
-        self.module = nn.ModuleDict({"generator": self.whole.vocoder.unfold(),
-                                     "discriminator": Discriminator(cfg.vocoder)})
+        self.module = nn.ModuleDict(dict(generator=self.whole.vocoder.unfold(),
+                                         discriminator=Discriminator(cfg.vocoder)))
         self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
         self.step, self.needs_codes = 0, args.on_flow  # the loop's
         self.longest = self.shortest = 128 if args.on_flow else 32  # the flow wants context
@@ -606,11 +600,6 @@ class VocoderStage(Voice):
             loss = loss + sum(parts.values())
             stats |= {k: (v.detach(), 1) for k, v in parts.items()}
         return loss, stats
-
-    def folded(self) -> dict:
-        vocoder = fold_weights(self.module["generator"].state_dict())
-        return {f"flow.{k}": v for k, v in self.whole.flow.state_dict().items()} \
-            | {f"vocoder.{k}": v for k, v in vocoder.items()}
 
 
 KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}

@@ -126,7 +126,7 @@ def fitted(cfg: TokenizerConfig = S3) -> SpeechTokenizer:
     model = SpeechTokenizer(cfg)
     with torch.no_grad():
         features, _ = model.features(torch.randn(4, 80, cfg.n_mels), torch.full((4,), 80))
-    model.init_codebook(features.flatten(0, 1))
+    model.codebook.fit(features.flatten(0, 1))
     return model
 
 
@@ -208,7 +208,7 @@ def test_ctc_overfits_one_batch_through_the_codes():
         if step == 50:  # the recogniser works; now through the codes
             assert not model.codebook.fitted and stats["used"] == 0
             x, n = model.features(mel, lengths)
-            model.init_codebook(torch.cat([row[:k] for row, k in zip(x.detach(), n)]))
+            model.codebook.fit(torch.cat([row[:k] for row, k in zip(x.detach(), n)]))
         logits, loss, stats = model(mel, lengths, targets, sizes)
         optimiser.zero_grad()
         loss.backward()
