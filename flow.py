@@ -26,14 +26,14 @@ NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
 
 
-# ---- what a layer knows of its surroundings
+# ---- primitives
 
 class Tape:
     """Left context of every causal layer, in the order the layers run: read from the last segment,
     written for the next. So layers need no index, and all a state holds is a list of tensors."""
 
-    def __init__(self, old: list[Tensor]):
-        self.old, self.new = old, []
+    def __init__(self, old: list[Tensor], reach: int):
+        self.old, self.new, self.reach = old, [], reach  # frames of the past that attention sees
 
     def extend(self, x: Tensor, keep: int) -> Tensor:
         """x (B, T, D) -> (B, past + T, D); its last `keep` frames stay for the next segment."""
@@ -43,32 +43,6 @@ class Tape:
         return x
 
 
-class Around:
-    """What a layer has to know besides its input x (B, T, D).
-
-    valid (B, T), False on pads, or None: no pads, and no time lost on them. mask (B or 1, 1, T,
-    past + T), True where seen, or None: with a chunk size a frame sees its own chunk and `left`
-    before it, else all. tape: only when streaming; attention keeps `reach` frames of the past."""
-
-    def __init__(self, x: Tensor, valid: Tensor | None = None, chunk: int = 0, left: int = 0,
-                 past: int = 0, tape: Tape | None = None):
-        self.valid, self.tape, self.reach, self.mask = valid, tape, left * chunk, None
-        if chunk:
-            key = torch.arange(past + x.shape[1], device=x.device) // chunk
-            query = key[past:, None]
-            mask = (key <= query) & (key >= query - left)  # (T, S)
-            self.mask = None if mask.all() else mask[None, None]
-        if valid is not None:  # a pad still sees itself, lest a softmax over nothing be NaN
-            seen = valid[:, None, None] if self.mask is None else self.mask & valid[:, None, None]
-            self.mask = seen | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-
-    def silence(self, x: Tensor) -> Tensor:
-        """Zero what a convolution would see beyond the end, so a pad looks like the end."""
-        return x if self.valid is None else x * self.valid[..., None]
-
-
-# ---- primitives
-
 class Conv(nn.Conv1d):
     """Conv1d on (B, T, D). Causal: all padding on the left, or from the tape when streaming."""
 
@@ -76,12 +50,12 @@ class Conv(nn.Conv1d):
         super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
         self.causal = causal
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
+    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         k, n = self.kernel_size[0], x.shape[1]
         if not self.causal and k > 1:
-            return super().forward(near.silence(x).mT).mT
+            return super().forward(x.mT).mT
         if k > 1:  # shifts side by side and one matmul: on a CPU twice as fast as conv1d
-            x = x if near.tape is None else near.tape.extend(x, k - 1)
+            x = x if tape is None else tape.extend(x, k - 1)
             x = F.pad(x, (0, 0, n + k - 1 - x.shape[1], 0))
             x = torch.stack([x[:, i:i + n] for i in range(k)], -1).flatten(2)  # (B, T, D k)
         return F.linear(x, self.weight.flatten(1), self.bias)
@@ -90,21 +64,15 @@ class Conv(nn.Conv1d):
 class Upsample(nn.ConvTranspose1d):
     """Twice the frames, (B, T, D) -> (B, 2T, D)."""
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
-        return super().forward(near.silence(x).mT).mT
+    def forward(self, x: Tensor, tape: None) -> Tensor:
+        return super().forward(x.mT).mT
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm on (B, T, D) with statistics over real frames: a pad must not change its sample."""
+    """GroupNorm on (B, T, D)."""
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
-        if near.valid is None:
-            return super().forward(x.mT).mT
-        g, m = x.unflatten(-1, (self.num_groups, -1)), near.valid[..., None, None]  # (B, T, G, D/G)
-        n = m.sum((1, 3), keepdim=True) * g.shape[-1]
-        g = g - (g * m).sum((1, 3), keepdim=True) / n
-        var = (g.square() * m).sum((1, 3), keepdim=True) / n
-        return (g * (var + self.eps).rsqrt()).flatten(2) * self.weight + self.bias
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
 
 
 def angles(x: Tensor, n: int, last: int) -> Tensor:
@@ -126,6 +94,23 @@ def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
     return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
 
 
+def attention_mask(x: Tensor, valid: Tensor | None, past: int, chunk: int,
+                   left: int) -> Tensor | None:
+    """Who sees whom in x (B, T, D), True (B or 1, 1, T, past + T); None if everybody sees everybody
+    (fast path). With a chunk size a frame sees its own chunk and `left` before it; `past` is whole
+    chunks. A pad (valid False) still sees itself, lest a softmax over nothing be NaN."""
+    mask, t = None, x.shape[1]
+    if chunk:
+        key = torch.arange(past + t, device=x.device) // chunk
+        query = key[past:, None]
+        mask = (key <= query) & (key >= query - left)  # (T, S)
+        mask = None if mask.all() else mask[None, None]
+    if valid is None:
+        return mask
+    seen = valid[:, None, None] if mask is None else mask & valid[:, None, None]
+    return seen | torch.eye(t, dtype=torch.bool, device=x.device)
+
+
 # ---- blocks
 
 class Attention(nn.Module):
@@ -145,10 +130,10 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, T, hd)
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
-        q, k, v, mask = self.q(x), self.k(x), self.v(x), near.mask
-        if near.tape is not None:
-            k, v = (near.tape.extend(y, near.reach) for y in (k, v))  # (B, S, H hd)
+    def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if tape is not None:
+            k, v = (tape.extend(y, tape.reach) for y in (k, v))  # (B, S, H hd)
         q, k, v = map(self.split, (q, k, v))
         if self.relative:
             bias = self.distance_bias(q + self.bias_v[:, None], k.shape[2], x)
@@ -183,8 +168,8 @@ class Layer(nn.Module):
         act = nn.SiLU() if relative else nn.GELU()
         self.ff = nn.Sequential(nn.Linear(dim, ffn), act, nn.Linear(ffn, dim))
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
-        x = x + self.attn(self.norm1(x), near)
+    def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask, tape)
         return x + self.ff(self.norm2(x))
 
 
@@ -194,11 +179,9 @@ class Block(nn.Module):
         self.conv = Conv(d_in, d_out, 3, causal)
         self.norm = nn.LayerNorm(d_out) if causal else GroupNorm(8, d_out)
 
-    def forward(self, x: Tensor, near: Around) -> Tensor:
-        x = self.conv(x, near)
-        if self.conv.causal:
-            return F.silu(self.norm(x))  # mish is hardly different and costs a tenth of a step
-        return F.mish(self.norm(x, near))
+    def forward(self, x: Tensor, tape: Tape | None) -> Tensor:
+        x = self.norm(self.conv(x, tape))  # mish is hardly different and costs a tenth of a step
+        return F.silu(x) if self.conv.causal else F.mish(x)
 
 
 class Stage(nn.Module):
@@ -213,11 +196,11 @@ class Stage(nn.Module):
         self.layers = nn.ModuleList(
             Layer(d, cfg.heads, cfg.head_dim, 4 * d, False) for _ in range(cfg.tf))
 
-    def forward(self, x: Tensor, temb: Tensor, near: Around) -> Tensor:
-        h = self.block1(x, near) + self.time(F.mish(temb))[:, None]
-        x = self.block2(h, near) + self.skip(x, near)
+    def forward(self, x: Tensor, temb: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
+        h = self.block1(x, tape) + self.time(F.mish(temb))[:, None]
+        x = self.block2(h, tape) + self.skip(x)
         for layer in self.layers:
-            x = layer(x, near)
+            x = layer(x, mask, tape)
         return x
 
 
@@ -288,9 +271,9 @@ class Encoder(nn.Module):
             x = x if valid is None else x * valid[..., None]
             seen = self.look(F.pad(x, (0, 0, a, b)).mT).mT
             x = x[:, n - a:x.shape[1] - n + b] + F.gelu(seen)
-        near = Around(x, valid, cfg.chunk_codes, cfg.left_chunks, past, tape)
+        mask = attention_mask(x, valid, past, cfg.chunk_codes, cfg.left_chunks)
         for layer in self.layers:
-            x = layer(x, near)
+            x = layer(x, mask, tape)
         return self.norm(x)
 
 
@@ -303,11 +286,10 @@ class Regulator(nn.Module):
         self.norms = nn.ModuleList(GroupNorm(1, mel) for _ in range(4))
         self.out = Conv(mel, mel, 1)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        near = Around(x, valid)
+    def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms):
-            x = F.mish(norm(conv(x, near), near))
-        return self.out(x, near)
+            x = F.mish(norm(conv(x)))
+        return self.out(x)
 
 
 class Estimator(nn.Module):
@@ -336,23 +318,22 @@ class Estimator(nn.Module):
 
     def forward(self, x, mu, spk, cond, t, valid=None, past=0, tape=None) -> Tensor:
         """x, mu, cond (B, T, M), spk (B, M), t (B,), valid (B, T) or None -> (B, T, M)"""
-        cfg, levels, skips = self.cfg, [], []
+        cfg, skips = self.cfg, []
         angle = angles(1000 * t, 2 * cfg.mel, 2 * cfg.mel - 1)
         temb = self.time(torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype))  # (B, time_dim)
         base = self.base(x, mu, t[:, None, None].to(x.dtype)) if cfg.spread else 0.0
+        mask = attention_mask(x, valid, past, cfg.chunk, cfg.left_chunks)
         x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)  # (B, T, 4M)
         for stage in self.down:
-            valid = valid if valid is None or not levels else valid[:, ::2]
-            levels.append(Around(x, valid, cfg.chunk, cfg.left_chunks, past, tape))
-            skips.append(stage(x, temb, levels[-1]))
-            x = stage.tail(skips[-1], levels[-1])
+            skips.append(stage(x, temb, mask, tape))
+            x = stage.tail(skips[-1], tape)
         for stage in self.mid:
-            x = stage(x, temb, levels[-1])
+            x = stage(x, temb, mask, tape)
         for stage in self.up:
-            skip, near = skips.pop(), levels.pop()
+            skip = skips.pop()
             x = torch.cat([x[:, :skip.shape[1]], skip], -1)  # an odd length came back one longer
-            x = stage.tail(stage(x, temb, near), near)
-        return base + self.final(self.final_block(x, near), near)
+            x = stage.tail(stage(x, temb, mask, tape), tape)
+        return base + self.final(self.final_block(x, tape))
 
     def base(self, x: Tensor, mu: Tensor, t: Tensor) -> Tensor:
         """The velocity at x if the mel were N(mu, spread^2), or N(0, 1) where mu is withheld. That
@@ -439,14 +420,15 @@ class Flow(nn.Module):
         return codes.long()
 
     def mean(self, codes: Tensor, lengths: Tensor, frames: Tensor) -> Tensor:
-        """mu (B, frames.max(), M) of a batch of codes (B, L)."""
+        """mu (B, frames.max(), M) of a batch of codes (B, L). Only a causal flow knows pads."""
         valid, total = frame_mask(lengths, codes.shape[1]), int(frames.max())
         codes = self.check(codes if valid is None else codes * valid)
         mu = self.mu_proj(self.encoder(self.embed(codes), valid))  # (B, L, M)
         if self.regulator is None:
             return mu.repeat_interleave(int(self.cfg.frames_per_code), 1)[:, :total]
-        mu = [stretch(m[None, :n], f)[0] for m, n, f in zip(mu, lengths.tolist(), frames.tolist())]
-        return self.regulator(nn.utils.rnn.pad_sequence(mu, True), frame_mask(frames, total))
+        if valid is not None:
+            raise ValueError("a flow of full context trains on clips of one length")
+        return self.regulator(stretch(mu, total))
 
     def generate(self, codes: Tensor, *voice, **how) -> Tensor:
         """codes (1, L) -> mel (1, frames(L), M); `voice` and `how` as of `start`."""
@@ -501,9 +483,9 @@ class Flow(nn.Module):
         cfg, ahead = self.cfg, self.cfg.look_ahead
         seen = state.codes[:, :before + n + ahead]
         pad = (ahead - before, before + n + ahead - seen.shape[1])
-        past = min(state.done, cfg.left_chunks * cfg.chunk_codes)
-        tape = Tape(state.encoder)
-        tapes = [Tape(old) for old in state.solver or [[]] * state.steps]
+        reach = cfg.left_chunks * cfg.chunk_codes
+        past, tape = min(state.done, reach), Tape(state.encoder, reach)
+        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver or [[]] * state.steps]
         mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
         mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)

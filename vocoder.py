@@ -21,7 +21,6 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import encoder
@@ -201,17 +200,11 @@ class Generator(nn.Module):
         return self.conv_post(F.leaky_relu(x)).tanh().flatten(1)  # (B, N)
 
     def unfold(self) -> "Generator":
-        """Split every weight into length and direction (weight norm), for training."""
+        """Split every weight into length and direction (weight norm), for training. Back to plain
+        weights, which run faster, by `fold_weights(state_dict())`."""
         for m in self.modules():
             if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)):
                 weight_norm(m)  # dim 0, which for the transposed ones is the input channel
-        return self
-
-    def fold(self) -> "Generator":
-        """Back to plain weights, which run faster; the function stays the same."""
-        for m in list(self.modules()):
-            if parametrize.is_parametrized(m, "weight"):
-                parametrize.remove_parametrizations(m, "weight")
         return self
 
     def context(self) -> tuple[int, int]:
@@ -394,22 +387,18 @@ def mel_loss(real: Tensor, fake: Tensor, cfg: VocoderConfig) -> Tensor:
 # ---- foreign weights -----------------------------------------------------------------------------
 
 def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace weight norm, in both of torch's spellings, by plain weights: w = v * g / |v|.
-
-    `fold_weights(generator.state_dict())` is the checkpoint of a generator that goes on training.
-    """
+    """Replace weight norm, in both of torch's spellings, by plain weights: w = v * g / |v|."""
     out = {}
-    for name, v in state.items():
-        for g_end, v_end in ((".weight_g", ".weight_v"), (".parametrizations.weight.original0",
-                                                          ".parametrizations.weight.original1")):
-            if name.endswith(v_end):
-                base = name.removesuffix(v_end)
-                if base + g_end not in state:
-                    raise ValueError(f"{base}{g_end}: missing key")
-                length = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
-                name, v = base + ".weight", v * (state[base + g_end] / length)
-        if not name.endswith((".weight_g", ".original0")):
-            out[name] = v
+    for name, w in state.items():
+        if name.endswith((".weight_v", ".weight.original1")):
+            base = name.partition(".parametrizations")[0].removesuffix(".weight_v")
+            g = name[:-1] + {"v": "g", "1": "0"}[name[-1]]
+            if g not in state:
+                raise ValueError(f"{g}: missing")
+            length = w.flatten(1).norm(dim=1).view(-1, *[1] * (w.dim() - 1))
+            out[base + ".weight"] = w * (state[g] / length)
+        elif not name.endswith((".weight_g", ".weight.original0")):
+            out[name] = w
     return out
 
 
