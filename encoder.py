@@ -90,10 +90,6 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def add_positions(x: Tensor) -> Tensor:
-    return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
-
-
 def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
     """(B, size) True on real frames, or None if every sample fills the batch (the fast path)."""
     if bool((lengths >= size).all()):
@@ -153,7 +149,8 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_ln(x))
 
 
-def transform(x: Tensor, lengths: Tensor, blocks: nn.ModuleList) -> Tensor:
+def transform(x: Tensor, lengths: Tensor, blocks: nn.ModuleList, positions=True) -> Tensor:
+    x = x + sinusoids(*x.shape[1:], x.device).to(x.dtype) if positions else x
     mask = frame_mask(lengths, x.shape[1])
     for block in blocks:
         x = block(x, mask)
@@ -184,7 +181,7 @@ class Encoder(nn.Module):
 
         Frames beyond a length come out as zeros."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        x = transform(add_positions(x), lengths, self.blocks)
+        x = transform(x, lengths, self.blocks)
         return zero_tail(self.ln_post(x), lengths), lengths
 
 
@@ -281,9 +278,8 @@ class SpeechTokenizer(nn.Module):
     def features(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """mel (B, T, n_mels) -> unit vectors (B, ceil(T / 4), D) to be quantised, lengths."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        if self.cfg.positions:
-            x = add_positions(x)
-        x, pool = zero_tail(transform(x, lengths, self.blocks), lengths), self.cfg.pool
+        x = zero_tail(transform(x, lengths, self.blocks, self.cfg.positions), lengths)
+        pool = self.cfg.pool
         x = F.pad(x, (0, 0, 0, -x.shape[1] % pool)).unflatten(1, (-1, pool))  # (B, L, pool, D)
         first = pool * torch.arange(x.shape[1], device=x.device)
         real = (lengths[:, None] - first).clamp(1, pool)  # frames averaged; the last may lack one
@@ -319,9 +315,9 @@ class SpeechTokenizer(nn.Module):
             x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
         # Back to the encoder's rate: 25 frames a second are too few for the letters of fast speech.
-        x, lengths = (x * x.shape[2] ** 0.5).repeat_interleave(self.cfg.pool, 1), \
-            lengths * self.cfg.pool
-        x = transform(add_positions(x), lengths, self.tail)
+        x = (x * x.shape[2] ** 0.5).repeat_interleave(self.cfg.pool, 1)
+        lengths = lengths * self.cfg.pool
+        x = transform(x, lengths, self.tail)
         logits = self.head(self.ln_post(x))  # (B, pool L, V + 1)
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (pool L, B, V + 1)
         ctc = F.ctc_loss(log_probs, targets, lengths, target_lengths,

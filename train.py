@@ -497,6 +497,8 @@ class Voice:
         length = min(frames, self.longest) // 4 * 4
         if length < self.shortest:
             return "too short"
+        if self.needs_codes and not 0 <= min(codes) <= max(codes) < self.cfg.flow.codes:
+            return "a code outside the codebook"
         first = rng.randint(0, (frames - length) // 4) * 4
         return Clip(path, first / 100, length, codes=codes[first // 4:(first + length) // 4],
                     voice=extra.get("voice") or "")

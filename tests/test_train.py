@@ -471,13 +471,18 @@ def test_vocoder_on_the_flows_own_mels(run, spoken, checkpoint):
     assert torch.equal(mel[1:], want) and not torch.equal(mel[:1], want)
 
 
-def test_a_flow_needs_a_voice(run, lists, checkpoint, tmp_path, capsys):
+def test_a_flow_needs_a_voice_and_its_own_codes(run, lists, wav, checkpoint, tmp_path, capsys):
     mute = copy_of(checkpoint, tmp_path / "mute")
     (mute / "voice.safetensors").unlink()
-    with pytest.raises(SystemExit) as end:
-        run("flow", [lists["tts"]], init=mute)
-    said = capsys.readouterr().err.strip()
-    assert end.value.code == 2 and "voice.safetensors" in said and len(said.splitlines()) == 1
+    other = write_list(tmp_path / "other.jsonl", [{
+        "txt": "", "task": "<TEXT2TOKEN>", "wav": wav(1.0, 200, 24000), "extra": {
+            "speech_token": [CODES] * 25}}])
+    for init, path, words in ((mute, lists["tts"], "voice.safetensors"),
+                              (checkpoint, other, "{'a code outside the codebook': 1}")):
+        with pytest.raises(SystemExit) as end:
+            run("flow", [path], init=init)
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and words in said and len(said.splitlines()) == 1
 
 
 # ---- the loop ----------------------------------------------------------------------------------
