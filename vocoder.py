@@ -320,9 +320,10 @@ class HiFT(nn.Module):
 class ConvStack(nn.Module):
     """Convolutions with LeakyReLU, a last one to a single score; every output is a feature map."""
 
-    def __init__(self, convs: list[nn.Module], post: nn.Module):
+    def __init__(self, norm, layers: list[tuple]):
         super().__init__()
-        self.convs, self.post = nn.ModuleList(convs), post
+        self.convs = nn.ModuleList(norm(Conv1d(*layer)) for layer in layers)
+        self.post = norm(Conv1d(layers[-1][1], 1, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         features = []
@@ -339,14 +340,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
-        self.periods, p, s = cfg.periods, (1, *cfg.mpd), (1, *(layer[0] for layer in cfg.msd))
-        strides = [3] * (len(cfg.mpd) - 1) + [1]
-        self.mpd = nn.ModuleList(ConvStack(
-            [weight_norm(Conv1d(p[i], p[i + 1], 5, r)) for i, r in enumerate(strides)],
-            weight_norm(Conv1d(p[-1], 1, 3))) for _ in self.periods)
-        self.msd = nn.ModuleList(ConvStack(
-            [norm(Conv1d(s[i], *layer)) for i, layer in enumerate(cfg.msd)],
-            norm(Conv1d(s[-1], 1, 3))) for norm in (spectral_norm, weight_norm, weight_norm))
+        self.periods, strides = cfg.periods, [3] * (len(cfg.mpd) - 1) + [1]
+        period = [(a, b, 5, s) for a, b, s in zip((1, *cfg.mpd), cfg.mpd, strides)]
+        scale = [(a, *layer) for a, layer in zip((1, *(m[0] for m in cfg.msd)), cfg.msd)]
+        self.mpd = nn.ModuleList(ConvStack(weight_norm, period) for _ in self.periods)
+        self.msd = nn.ModuleList(
+            ConvStack(norm, scale) for norm in (spectral_norm, weight_norm, weight_norm))
 
     def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Wave (B, N) -> one score map of each stack, all their feature maps."""
