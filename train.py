@@ -512,9 +512,6 @@ class Voice:
         return {"wave": data.pad_stack(waves), "codes": data.pad_stack(codes), "lengths": lengths,
                 "voices": voices, "seed": seed}
 
-    def weight(self, batch: dict) -> int:
-        return batch["wave"].shape[0]
-
     def voice(self, path: str) -> dict[str, Tensor]:
         """The voice of a clip: in its own file (extra.voice), or the checkpoint's."""
         if path not in self.voices:
@@ -528,6 +525,9 @@ class Voice:
         if path not in self.begun:
             self.begun[path], _ = self.whole.start(voice=self.voice(path))
         return flow.stream(codes, replace(self.begun[path], seed=rng.getrandbits(32)), True)[0]
+
+    def weight(self, batch: dict) -> int:
+        return batch["wave"].shape[0]
 
     def save(self, folder: str) -> None:
         echat.save_weights(os.path.join(folder, "token2wav.safetensors"),
