@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder import exact
+
 
 @dataclass
 class AdapterConfig:
@@ -141,23 +143,19 @@ SKIPPED = ("ln_speech.weight", "ln_speech.bias",  # in the file, used by nothing
 def load_osum(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released file's down_sample_2, speech_transformer, speech_llama_proj and ln_speech keys
     -> state dict of an Adapter of that size. ValueError names a bad key."""
-    found = {}  # our name -> (theirs, weight)
+    found, theirs = {}, {}  # by our names: the weight, its name in the file
     for old, value in state.items():
         if old not in SKIPPED:
             name = re.sub(r"^speech_transformer\.encoders\.", "blocks.", old)
             block, module, kind = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.\w+)", name).groups("")
-            found[block + NAMES.get(module, module) + kind] = old, value
+            name = block + NAMES.get(module, module) + kind
+            found[name], theirs[name] = value, old
     widths = {"d_in": "embed", "d_out": "proj", "ffn": "blocks.0.mlp.0"}
     for module in widths.values():
         if f"{module}.weight" not in found:
             raise ValueError(f"{module}.weight: missing from these weights")
-    size = {field: len(found[f"{module}.weight"][1]) for field, module in widths.items()}
+    size = {field: len(found[f"{module}.weight"]) for field, module in widths.items()}
     n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     with torch.device("meta"):
         own = Adapter(AdapterConfig(**size, n_layers=n_layers)).state_dict()
-    for name, (old, value) in found.items():
-        if name not in own or value.shape != own[name].shape:
-            raise ValueError(f"{old}: no weight of shape {tuple(value.shape)} belongs here")
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: missing from these weights")
-    return {name: value for name, (_, value) in found.items()}
+    return exact(found, own, theirs)

@@ -416,17 +416,16 @@ class Token2Wav(nn.Module):
 
     def __init__(self, cfg: Config, voice: dict[str, Tensor]):
         super().__init__()
-        self.cfg = cfg
-        self.voice = {k: v.float() if v.is_floating_point() else v for k, v in voice.items()}
+        self.cfg, self.voice = cfg, voice
         own = math.prod(cfg.vocoder.rates) == cfg.vocoder.hop  # HiFT makes the rest by an iSTFT
         self.flow = Flow(cfg.flow)
         self.vocoder = Generator(cfg.vocoder) if own else HiFT(cfg.vocoder)
 
-    def start(self, seed: int = 0, steps: int = 10):
+    def start(self, seed: int = 0, steps: int = 10, voice: dict[str, Tensor] | None = None):
         """The state before the first code; the flow hears the voice's prompt here."""
-        voice = {k: v.to(next(self.parameters()).device) for k, v in self.voice.items()}
-        return self.flow.start(voice["spk"], voice["prompt_codes"], voice["prompt_mel"],
-                               steps=steps, seed=seed), None
+        voice, device = voice or self.voice, next(self.parameters()).device
+        heard = (voice[name].to(device) for name in ("spk", "prompt_codes", "prompt_mel"))
+        return self.flow.start(*heard, steps=steps, seed=seed), None
 
     @torch.inference_mode()
     def stream(self, codes: list[int], state, final: bool = False):
