@@ -34,10 +34,10 @@ def out_length(length: int | Tensor) -> int | Tensor:
     return ((length + 1) // 2 + 1) // 2
 
 
-def positions(length: int, dim: int, device: torch.device) -> Tensor:
-    """The transformer paper's table (length, dim): sine and cosine in turn."""
+def positions(length: int, dim: int, device: torch.device | None = None, start: int = 0) -> Tensor:
+    """The transformer paper's table (length, dim) from `start` on: sine and cosine in turn."""
     rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
-    angle = torch.arange(length, device=device)[:, None] * rate[None]  # (length, dim / 2)
+    angle = (start + torch.arange(length, device=device))[:, None] * rate[None]  # (length, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
@@ -85,6 +85,7 @@ class Adapter(nn.Module):
         self.after_norm = nn.LayerNorm(D)
         self.proj = nn.Linear(D, cfg.d_out)
         self.start_open()
+        self.look_around()
 
     @torch.no_grad()
     def start_open(self, norm: nn.LayerNorm | None = None) -> None:
@@ -105,6 +106,26 @@ class Adapter(nn.Module):
             first = self.convs[0]
             first.weight.div_(norm.weight[:, None])
             first.bias.sub_((first.weight.sum(2) * norm.bias).sum(1))
+
+    @torch.no_grad()
+    def look_around(self) -> None:
+        """Let each head begin by looking at one neighbour: 1 frame away, and in layer i also i + 2.
+        A word is longer than what the convolutions see, and to find one's neighbours by chance
+        takes attention thousands of steps. sin and cos of a position, turned by a shift, are those
+        of the shifted one: a query so turned meets the key of that neighbour."""
+        D = self.proj.in_features
+        for depth, block in enumerate(self.blocks):
+            attn, size = block.attn, D // block.attn.n_heads
+            for linear in (attn.query, attn.key):
+                nn.init.normal_(linear.weight, std=0.02)
+                nn.init.zeros_(linear.bias)
+            for head, shift in zip(range(attn.n_heads), (-1, 1, -depth - 2, depth + 2)):
+                turned = positions(1, D, start=shift)[0, :size].view(-1, 2)  # sin, cos
+                for pair, (sin, cos) in enumerate(turned.tolist()):
+                    rows, i = head * size + 2 * pair, 2 * pair
+                    turn = 1.5 * torch.tensor([[cos, sin], [-sin, cos]])
+                    attn.query.weight[rows:rows + 2, i:i + 2] += turn
+                    attn.key.weight[rows:rows + 2, i:i + 2] += torch.eye(2)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, d_in), lengths (B,) -> (B, out_length(T), d_out), lengths (B,).
