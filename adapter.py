@@ -34,10 +34,10 @@ def out_length(length: int | Tensor) -> int | Tensor:
     return ((length + 1) // 2 + 1) // 2
 
 
-def positions(length: int, dim: int, device: torch.device | None = None, start: int = 0) -> Tensor:
-    """The transformer paper's table (length, dim) from `start` on: sine and cosine in turn."""
+def positions(length: int, dim: int, device: torch.device) -> Tensor:
+    """The transformer paper's table (length, dim): sine and cosine in turn."""
     rate = torch.exp(torch.arange(0, dim, 2, device=device) * (-math.log(10000) / dim))
-    angle = (start + torch.arange(length, device=device))[:, None] * rate[None]  # (length, dim / 2)
+    angle = torch.arange(length, device=device)[:, None] * rate[None]  # (length, dim / 2)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
@@ -120,12 +120,12 @@ class Adapter(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02)
                 nn.init.zeros_(linear.bias)
             for head, shift in zip(range(attn.n_heads), (-1, 1, -depth - 2, depth + 2)):
-                turned = positions(1, D, start=shift)[0, :size].view(-1, 2)  # sin, cos
-                for pair, (sin, cos) in enumerate(turned.tolist()):
-                    rows, i = head * size + 2 * pair, 2 * pair
-                    turn = 1.5 * torch.tensor([[cos, sin], [-sin, cos]])
-                    attn.query.weight[rows:rows + 2, i:i + 2] += turn
-                    attn.key.weight[rows:rows + 2, i:i + 2] += torch.eye(2)
+                for i in range(0, size, 2):
+                    angle = shift * 10000 ** (-i / D)
+                    sin, cos, row = math.sin(angle), math.cos(angle), head * size + i
+                    turn = torch.tensor([[cos, sin], [-sin, cos]])
+                    attn.query.weight[row:row + 2, i:i + 2] += 1.5 * turn
+                    attn.key.weight[row:row + 2, i:i + 2] += torch.eye(2)
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """x (B, T, d_in), lengths (B,) -> (B, out_length(T), d_out), lengths (B,).

@@ -100,3 +100,14 @@ def test_a_bad_key_is_named():
                          ({}, "embed.weight: missing")):
         with pytest.raises(ValueError, match=message):
             load_osum(bad)
+
+
+def test_heads_begin_by_looking_at_their_neighbours():
+    """Frames with nothing in them but where they are: each head sees the frame it should."""
+    cfg = AdapterConfig(d_in=64, d_out=16, n_heads=4, n_layers=2, ffn=24)
+    adapter, where = Adapter(cfg), positions(24, 64, torch.device("cpu"))
+    for depth, block in enumerate(adapter.blocks):
+        q, k = (f(where).view(24, 4, 16).transpose(0, 1) for f in (block.attn.query, block.attn.key))
+        looks = (q @ k.transpose(1, 2)).argmax(-1) - torch.arange(24)  # (H, L)
+        for head, shift in enumerate((-1, 1, -depth - 2, depth + 2)):
+            assert (looks[head, 6:18] == shift).all()
