@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import data
 import model as echat
-from data import BadInput, Mixture, Source, Tokenizer
+from data import TAG, BadInput, Mixture, Source, Tokenizer
 from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
 from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
@@ -75,7 +75,6 @@ STAGES = {
 # The method: a record becomes one sequence. Facts 3.3-3.6 of the released code.
 
 PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
-TAG = re.compile(r"<[A-Z_]+>")
 # --guide: how near in seconds the text must be to the code, and the user's speech to the word,
 # which its pauses displace; the time of what has none; a shift that keeps the two apart
 NEAR, FAR, NEVER, ELSEWHERE = 0.25, 0.7, -1e9, 1e4
@@ -177,7 +176,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             "s2s" if "<TEXT2TOKEN>" in task else "s2t"
         past = extra.get("history", []) if kind != "understand" else []  # wav, txt, speech_token
         for turn in [*past, record]:
-            if not turn.get("wav") or not os.path.exists(turn["wav"]):
+            if not turn.get("wav"):
                 return "no wav"
             clips.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
             frames = data.frames_of(*clips[-1])
@@ -204,10 +203,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         user = echat.user_prompt(wanted)
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
-        given = [t[1:-1] for t in TAG.findall(txt)]
-        for name, value in zip([w for w in ASKED if w in wanted and w != "asr"], given):
-            if value in data.LABELS[name]:
-                sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
+        for name, value in data.known_labels(record).items():
+            sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
         words = len(TAG.split(txt)[0].encode())
         at, first = 0, sample.length
         for token in tok.encode(txt):
@@ -653,10 +650,7 @@ class Trainer:
         sources = []
         for item in lists:
             path, weight = weighted(item)
-            if not os.path.exists(path):
-                raise BadInput(f"{path}: no such list")
-            size = sum(1 for _ in open(path, "rb"))
-            sources.append(Source(path, weight * size, self.trainee.make,
+            sources.append(Source(path, weight * data.count(path), self.trainee.make,
                                   self.args.batch_tokens or self.stage.budget, seed))
         mixture = Mixture(sources, self.trainee.collate, seed, self.rank, self.world, state)
         # A generator of its own: a loader made anew must not move on the model's random numbers.

@@ -239,7 +239,7 @@ def test_history_is_read_but_not_trained(tok, wav):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"wav": None}, "no wav"), ({"wav": "none.wav"}, "no wav"), ({"end": 0.15}, "shorter than 0.2"),
+    ({"wav": None}, "no wav"), ({"end": 0.15}, "shorter than 0.2"),
     ({"extra": {}}, "no speech_token"), ({"extra": {"speech_token": [CODES]}}, "out of range"),
     ({"task": "<TEXT2TEXT>", "extra": {}}, "no question")])
 def test_rejects_have_a_reason(tok, wav, change, reason):
@@ -555,10 +555,10 @@ def test_show_prints_and_stops(run, lists, tmp_path, capsys):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_lists_end_with_one_line(run, lists, tmp_path, capsys, workers):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text("{}\n")
-    none = write_list(tmp_path / "none.jsonl", [{"txt": "", "task": "<TRANSCRIBE>"}])
+    bad.write_text("[]\n")
+    none = write_list(tmp_path / "none.jsonl", [{"txt": "a", "task": "<TRANSCRIBE>"}])
     for path, words in ((bad, "bad.jsonl:1: not a JSON record"), (none, "{'no wav': 1}"),
-                        (tmp_path / "no.jsonl", "no such list")):
+                        (tmp_path / "no.jsonl", "No such file")):
         with pytest.raises(SystemExit) as end:
             run("align", [str(path)], workers=workers)
         said = capsys.readouterr().err.strip()
