@@ -439,7 +439,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
     assert a == b
 
     def losses(trainer):
-        return [{k: v for k, v in line.items() if k not in ("rate", "wait", "minutes")}
+        return [{k: v for k, v in line.items() if k not in ("rate", "wait", "minutes", "gb")}
                 for line in log(trainer)]
     assert losses(whole) == losses(parts)
 
@@ -450,43 +450,64 @@ def test_a_worker_process_changes_nothing(run, lists):
                          for t in (a, b)))
 
 
-def as_rank(rank, port, words):
+def as_rank(rank, port, words, dies_at):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = words
+    sys.stderr = open(words[words.index("--out") + 1] + f".{rank}", "w", buffering=1)
+    if rank:
+        loss = Dialogue.loss
+        Dialogue.loss = lambda self, turn, batch: loss(self, turn, batch) if self.step != dies_at \
+            else os._exit(9)
     train.main()
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint):
-    flags = dict(steps=3, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=1)
-    one = run("text", lists["text"], "one", accum=2, **flags | {"valid_batches": 2})
+def two(lists, checkpoint, out, *more, dies_at=None) -> list:
+    """Exit codes of two processes that train on text, in a folder out; what they say is beside."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     words = ["train.py", "--stage", "text", "--init", str(checkpoint), "--lr", "0.01", "--warmup",
              "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
-             "--out", str(tmp_path / "two"), "--data", lists["text"][0]]
-    words += [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]
+             "--batch-tokens", "150", "--out", str(out), "--data", lists["text"][0], *more]
     context = multiprocessing.get_context("fork")  # spawned ones would import torch anew
-    ranks = [context.Process(target=as_rank, args=(rank, port, words)) for rank in range(2)]
+    ranks = [context.Process(target=as_rank, args=(rank, port, words, dies_at))
+             for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(10)
-    if any(process.is_alive() for process in ranks):
-        for process in ranks:
-            process.kill()
-        pytest.skip("two processes did not get ready in 10 s")
-    assert [process.exitcode for process in ranks] == [0, 0]
-    with open(tmp_path / "two" / "log.jsonl") as f:
-        two = [json.loads(line) for line in f]
-    assert len(two) == len(log(one)) == 4  # three steps and the held-out loss
-    for a, b in zip(log(one), two):
-        for name in a.keys() & {"text", "valid_text"}:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in ranks]
+
+
+@pytest.mark.parametrize("flags", [[], ["--shard"]])
+def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint, flags):
+    """Also if they go on with what one has begun: no record is repeated or left out. What they
+    leave behind, sharded or not, is a whole checkpoint, from which one process goes on."""
+    same = dict(accum=2, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=2)
+    one = run("text", lists["text"], "one", steps=4, **same)
+    run("text", lists["text"], "two", steps=1, **same)
+    codes = two(lists, checkpoint, tmp_path / "two", "--resume", "--steps", "3", "--valid",
+                lists["t2t"], "--valid-every", "3", "--valid-batches", "1", *flags)
+    assert codes == [0, 0], [open(f"{tmp_path}/two.{rank}").read() for rank in range(2)]
+    assert len(torch.load(tmp_path / "two/state.pt", weights_only=True)["rng"]) == 2
+    last = run("text", lists["text"], "two", steps=4, resume=True, **same)
+    assert len(log(last)) == len(log(one)) == 5  # four steps and the held-out loss
+    for a, b in zip(log(one), log(last)):
+        for name in a.keys() & {"text", "valid_text", "valid_loss"}:
             assert abs(a[name] - b[name]) < 1e-5
+        assert a.get("reply") == b.get("reply")
     was, now = (read_weights(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
     for name in was:
         torch.testing.assert_close(was[name], now[name], atol=1e-5, rtol=0)
+
+
+def test_a_dead_rank_ends_the_run(lists, tmp_path, checkpoint):
+    codes = two(lists, checkpoint, tmp_path / "out", dies_at=2)
+    said = (tmp_path / "out.0").read_text().splitlines()
+    assert codes == [1, 9] and said[0].startswith("step 1 ")
+    assert "rank 0 stops, another one is gone" in said[-1]
 
 
 def poison(monkeypatch, bad):
