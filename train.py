@@ -737,14 +737,15 @@ class Trainer:
         self.trainee.shard(self.kind)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Parameter groups: what comes from Whisper may learn at a share of the rate."""
-        whisper = {p for name, p in self.trainee.module.named_parameters()
-                   if name.startswith(self.trainee.whisper)}
-        kinds = {}  # AdamW wants all of a group sharded, or none
-        for p in parameters:
-            kinds.setdefault((p in whisper, isinstance(p, DTensor)), []).append(p)
-        return [{"params": kinds[kind], "scale": self.args.whisper_lr if kind[0] else 1.0}
-                for kind in sorted(kinds, reverse=True)]
+        """Parameter groups: what comes from Whisper may learn at a share of the rate; AdamW wants
+        what may be sharded, the decoder, in a group of its own."""
+        kinds = {}
+        for name, p in self.trainee.module.named_parameters():
+            kind = (name.startswith(self.trainee.whisper), name.startswith("decoder."))
+            kinds.setdefault(kind, []).append(p)
+        mine = set(parameters)
+        return [{"params": own, "scale": self.args.whisper_lr if slow else 1.0}
+                for (slow, _), group in kinds.items() if (own := [p for p in group if p in mine])]
 
     def config(self) -> echat.Config:
         args = self.args

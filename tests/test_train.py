@@ -462,14 +462,13 @@ def as_rank(rank, port, words, dies_at):
     train.main()
 
 
-def two(lists, checkpoint, out, *more, dies_at=None) -> list:
-    """Exit codes of two processes that train on text, in a folder out; what they say is beside."""
+def two(stage, lists, init, out, *more, dies_at=None) -> list:
+    """Exit codes of two processes that train to a folder out; what they say is beside it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = ["train.py", "--stage", "text", "--init", str(checkpoint), "--lr", "0.01", "--warmup",
-             "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
-             "--batch-tokens", "150", "--out", str(out), "--data", lists["text"][0], *more]
+    words = ["train.py", "--stage", stage, "--init", str(init), "--lr", "0.01", "--warmup", "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
+             "--batch-tokens", "150", "--out", str(out), "--data", of(lists, stage)[0], *more]
     context = multiprocessing.get_context("fork")  # spawned ones would import torch anew
     ranks = [context.Process(target=as_rank, args=(rank, port, words, dies_at))
              for rank in range(2)]
@@ -481,21 +480,26 @@ def two(lists, checkpoint, out, *more, dies_at=None) -> list:
     return [process.exitcode for process in ranks]
 
 
-@pytest.mark.parametrize("flags", [[], ["--shard"]])
-def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint, flags):
+@pytest.mark.parametrize("stage, flags", [("text", []), ("s2s", ["--shard"])])
+def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint, stage,
+                                                           flags):
     """Also if they go on with what one has begun: no record is repeated or left out. What they
     leave behind, sharded or not, is a whole checkpoint, from which one process goes on."""
-    same = dict(accum=2, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=2)
-    one = run("text", lists["text"], "one", steps=4, **same)
-    run("text", lists["text"], "two", steps=1, **same)
-    codes = two(lists, checkpoint, tmp_path / "two", "--resume", "--steps", "3", "--valid",
+    init = copy_of(checkpoint, tmp_path / "init")
+    config = (init / "config.json").read_text()
+    (init / "config.json").write_text(config.replace('"dropout": 0.1', '"dropout": 0.0'))
+    same = dict(accum=2, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=2,
+                init=init)
+    one = run(stage, of(lists, stage), "one", steps=4, **same)
+    run(stage, of(lists, stage), "two", steps=1, **same)
+    codes = two(stage, lists, init, tmp_path / "two", "--resume", "--steps", "3", "--valid",
                 lists["t2t"], "--valid-every", "3", "--valid-batches", "1", *flags)
     assert codes == [0, 0], [open(f"{tmp_path}/two.{rank}").read() for rank in range(2)]
     assert len(torch.load(tmp_path / "two/state.pt", weights_only=True)["rng"]) == 2
-    last = run("text", lists["text"], "two", steps=4, resume=True, **same)
+    last = run(stage, of(lists, stage), "two", steps=4, resume=True, **same)
     assert len(log(last)) == len(log(one)) == 5  # four steps and the held-out loss
     for a, b in zip(log(one), log(last)):
-        for name in a.keys() & {"text", "valid_text", "valid_loss"}:
+        for name in a.keys() & {*PARTS, "valid_text", "valid_loss"}:
             assert abs(a[name] - b[name]) < 1e-5
         assert a.get("reply") == b.get("reply")
     was, now = (read_weights(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
@@ -504,7 +508,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path,
 
 
 def test_a_dead_rank_ends_the_run(lists, tmp_path, checkpoint):
-    codes = two(lists, checkpoint, tmp_path / "out", dies_at=2)
+    codes = two("text", lists, checkpoint, tmp_path / "out", dies_at=2)
     said = (tmp_path / "out.0").read_text().splitlines()
     assert codes == [1, 9] and said[0].startswith("step 1 ")
     assert "rank 0 stops, another one is gone" in said[-1]
