@@ -424,9 +424,11 @@ class Dialogue:
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
             else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
         attention = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~seen, -1e9).log_softmax(-1)
-        now, at = batch["query"][:, S - T:], batch["key"][:, None]  # (B, T), (B, 1, S)
-        loss = -(attention - (now[..., None] - at) ** 2 / 2).logsumexp(-1)[now > NEVER]
-        return loss.mean(), (loss.detach().sum(), len(loss))
+        now = batch["query"][:, S - T:, None]  # (B, T, 1)
+        away = ((now - batch["key"][:, None]) ** 2 / 2).masked_fill(~seen, math.inf)  # (B, T, S)
+        there = (now[..., 0] > NEVER) & (away.amin(-1) < 50)  # else what it seeks is not written yet
+        loss = -(attention - away).logsumexp(-1)[there]
+        return loss.sum() / max(1, len(loss)), (loss.detach().sum(), len(loss))
 
     def ear(self, speech: Tensor, lengths: Tensor, batch: dict) -> tuple[Tensor, dict]:
         """What the adapter's output must tell by itself: the words by CTC, the labels by a linear

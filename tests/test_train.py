@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import socket
 import sys
 from collections import Counter
@@ -17,7 +18,8 @@ from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 import train
 from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, think_length,
                    user_prompt)
-from train import PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, sequence
+from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, said_at,
+                   sequence, tagless)
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -418,6 +420,64 @@ def test_speech_rows_and_head_train_in_stage_two(run, lists, checkpoint):
         assert not torch.equal(now["decoder." + name], was["decoder." + name])
 
 
+# ---- what is not in the paper: --ear and --guide, and the cache of a frozen encoder ------------
+
+def test_the_ear_learns_words_and_labels(run, lists, checkpoint):
+    trainer = run("align", [lists["asrp"]], steps=30, ear=2.0, ear_first=20, lr=0.03, warmup=5)
+    lines = log(trainer)
+    assert all({"ctc", "cue_emotion"} <= line.keys() for line in lines)
+    assert [("asr" in line, "p" in line) for line in lines] == [(i >= 20,) * 2 for i in range(30)]
+    for name in ("ctc", "cue_emotion"):
+        assert lines[19][name] < 0.8 * lines[0][name]
+    saved = read_weights(os.path.join(trainer.args.out, "model.safetensors"))
+    assert saved.keys() == read_weights(str(checkpoint / "model.safetensors")).keys()
+    with torch.no_grad():  # the losses add up, the ear's by its weight
+        record = next(train.data.records(lists["asrp"]))
+        batch = trainer.trainee.collate([made(record, trainer.trainee.tok)], "")
+        trainer.trainee.module.eval()
+        loss, stats = trainer.trainee.loss("model", batch)
+    parts = sum(stats[k][0] for k in ("asr", "p")) / trainer.trainee.weight(batch)
+    assert float(loss) == pytest.approx(float(parts + 2 * (stats["ctc"][0] + stats["cue_emotion"][0])))
+
+
+def test_unknown_labels_are_no_cue(tok, wav):
+    got = made({"task": "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>", "wav": wav(0.5),
+                "txt": "the user<OLD><&&><SAD><&&>"}, tok)
+    assert got.cues == [2, -100, 1, -100] and counts(got)["asr"] == 2
+
+
+@pytest.mark.parametrize("stage", ["tts", "empathy"])
+def test_the_guided_head_learns_where_to_look(run, lists, stage):
+    lines = log(run(stage, of(lists, stage), steps=30, guide=3.0, lr=0.01, batch_tokens=10000))
+    # (interleaved, the first 6 tokens may all be a tag: then the first codes have nowhere to look)
+    assert lines[-1]["guide"] < 0.9 * lines[0]["guide"] < 9
+
+
+def test_when_what_is_said(tok):
+    ids = tok.encode("<SAD>the user, said")
+    times = said_at(ids, tok, 4.0, *tagless("<SAD>the user, said"))
+    first = next(i for i, t in enumerate(times) if t > NEVER)
+    assert tok.decode(ids[:first]) == "<SAD>" and times[first:] == sorted(times[first:])
+    comma = next(i for i in range(len(ids)) if tok.decode(ids[i:i + 1]) == ",")
+    # 14 characters and a mark worth 3 in 4 s: 8 before it, 5 after
+    assert times[comma] == pytest.approx((8 + 1.5) / 16 * 4) and 0 < times[first] < times[-1] < 4
+
+
+def test_a_frozen_encoder_hears_a_clip_once_as_far_as_memory_goes(run, lists, monkeypatch):
+    heard, encode = [], train.echat.Encoder.forward
+    monkeypatch.setattr(train.echat.Encoder, "forward",
+                        lambda self, mel, n: heard.append(len(mel)) or encode(self, mel, n))
+    runs = {}
+    for room, times in ((20000, 2), (1, 1 + 6), (0, 12)):  # two clips, six steps
+        monkeypatch.setattr(train, "HEARD", room)
+        heard.clear()
+        runs[room] = run("align", lists["align"], f"r{room}", steps=6, batch_tokens=10000)
+        assert sum(heard) == times and len(runs[room].trainee.heard) == min(room, 2)
+    losses = [[line["asr"] for line in log(r)] for r in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3) == losses[2]
+    assert not run("understand", lists["understand"]).trainee.heard
+
+
 # ---- the loop ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
@@ -512,6 +572,53 @@ def test_a_dead_rank_ends_the_run(lists, tmp_path, checkpoint):
     said = (tmp_path / "out.0").read_text().splitlines()
     assert codes == [1, 9] and said[0].startswith("step 1 ")
     assert "rank 0 stops, another one is gone" in said[-1]
+
+
+def test_checkpoints_are_kept_and_the_best_of_them(run, lists, monkeypatch, checkpoint):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(train.Trainer, "means", lambda self, sums: {"loss": next(losses)}
+                        if "loss" in sums else {})
+    flags = dict(valid=lists["text"], valid_every=2, save_every=1, keep=2, valid_batches=1)
+    trainer = run("text", lists["text"], steps=6, **flags)
+    out = trainer.args.out
+    folders = {n for n in os.listdir(out) if os.path.isdir(os.path.join(out, n))}
+    assert folders == {"step-5", "step-6", "best"} and trainer.best == 1.0
+    for folder, step in (("best", 4), ("step-5", 5), ("step-6", 6)):
+        state = torch.load(os.path.join(out, folder, "state.pt"), weights_only=True)
+        assert state["step"] == step and set(os.listdir(os.path.join(out, folder))) == {
+            "config.json", "state.pt", *(p.name for p in checkpoint.iterdir())}
+        weights = read_weights(os.path.join(out, folder, "model.safetensors"))
+        assert torch.equal(weights["decoder.norm.weight"], state["module"]["decoder.norm.weight"])
+    replies = [line["reply"] for line in log(trainer) if "reply" in line]
+    assert len(replies) == 3 and all(r.endswith("[0 codes]") for r in replies)
+    again = run("text", lists["text"], "out/step-5", steps=5, resume=True)
+    assert again.step == 5 and again.best == 1.0
+
+
+@pytest.mark.parametrize("stage", ["tts", "empathy", "understand"])
+def test_a_sample_reply_of_every_kind(run, lists, stage):
+    reply = log(run(stage, of(lists, stage), valid=of(lists, stage), valid_every=1))[-1]["reply"]
+    codes = int(re.search(r" \[(\d+) codes\]$", reply)[1])
+    assert codes > 0 if stage == "tts" else codes == 0 or stage == "empathy"
+
+
+def test_rejects_are_in_the_log(run, lists, tmp_path):
+    bad = {"txt": "hi", "task": "<TRANSCRIBE>"}
+    path = write_list(tmp_path / "l", [json.loads(open(lists["asr"]).readline()),
+                                       bad | {"wav": "gone.wav"}, bad, {"txt": "hi"}])
+    for workers in (0, 1):
+        line = log(run("align", [path], f"w{workers}", steps=3, workers=workers))[0]
+        assert line["rejected"] == {"no such file": 1, "no wav": 1, "no task": 1}
+
+
+def test_mfu_counts_what_is_trained(run, lists, tok, wav):
+    trainee = run("align", lists["align"], steps=0).trainee
+    batch = trainee.collate([made({"task": "<TRANSCRIBE>", "wav": wav(0.8), "txt": "hello"}, tok)], "")
+    def n(part): return sum(p.numel() for p in part.parameters())
+    net, targets = trainee.module, trainee.weight(batch)
+    assert trainee.flops(batch | {"size": 70}) == (
+        4 * n(net.decoder.layers) * 70 + 4 * 303 * 16 * targets + 6 * n(net.adapter) * 10
+        + 2 * n(net.encoder) * 40)
 
 
 def poison(monkeypatch, bad):
