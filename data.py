@@ -167,8 +167,8 @@ def train_tokenizer(texts: list[str], vocab: int, out: str) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(list(SPECIALS))
     os.makedirs(out, exist_ok=True)
-    bpe.save(os.path.join(out, "tokenizer.json.tmp"))
-    os.replace(os.path.join(out, "tokenizer.json.tmp"), os.path.join(out, "tokenizer.json"))
+    with replacing(os.path.join(out, "tokenizer.json")) as f:
+        f.write(bpe.to_str(pretty=True))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,18 +309,13 @@ def reason(error: BadInput) -> str:
 TAG = re.compile("<(?:[A-Z_]+|&&)>")
 
 
-def moved(record: dict, folder: str) -> dict:
-    """The record for a list in another folder."""
-    for home, name in homes(record):
-        home[name] = os.path.relpath(home[name], folder)
-    return record
-
-
-def homes(record: dict):
-    """(dict, key) of every path in a record."""
+def moved(record: dict, change) -> dict:
+    """The record with every path in it changed."""
     past = [(turn, "wav") for turn in record["extra"].get("history", [])]
-    yield from ((home, name) for home, name in (
-        (record, "wav"), (record["extra"], "reply_wav"), *past) if home.get(name))
+    for home, name in ((record, "wav"), (record["extra"], "reply_wav"), *past):
+        if home.get(name):
+            home[name] = change(home[name])
+    return record
 
 
 def shard(path: str):
@@ -337,14 +332,7 @@ def shard(path: str):
                 elif kind in ("txt", "task", "extra"):
                     home[kind] = tar.extractfile(m).read().decode(errors="replace").strip()
             tar.members = []  # it would remember all of them
-            try:
-                extra = record["extra"] = dict(json.loads(record.get("extra") or "{}"))
-            except (ValueError, TypeError):
-                extra = record["extra"], record["bad"] = {}, "extra is not JSON"
-            if past:  # the released layout has no room for its codes: ours are in extra
-                codes = extra.get("history") or [{}] * len(past)
-                extra["history"] = [past[i] | rest for i, rest in zip(sorted(past), codes)]
-            yield record
+            yield record | {"turns": [past[i] for i in sorted(past)]}
 
 
 def rows(path: str):
@@ -362,8 +350,8 @@ def rows(path: str):
             known = {r.get("key"): r for r in (parsed(jsonl, *x) for x in lines(jsonl))}
         try:
             for r in shard(whole(tar, folder)):
-                yield r if known is None else {"wav": r.get("wav"), "bad": "not in the jsonl"} \
-                    if r["key"] not in known else known[r["key"]] | {"wav": r.get("wav")}
+                yield r if known is None else \
+                    known.get(r["key"], {"bad": "not in the jsonl"}) | {"wav": r.get("wav")}
         except (OSError, tarfile.TarError) as e:
             yield {"bad": "no such shard" if isinstance(e, FileNotFoundError) else "damaged shard"}
 
@@ -374,13 +362,19 @@ def records(path: str, skip: int = 0):
     folder = os.path.dirname(os.path.abspath(path))
     for row in itertools.islice(rows(path), skip, None):
         record = parsed(path, *row) if isinstance(row, tuple) else row
-        record["extra"] = record.get("extra") or {}
         for name in ("task", "txt"):
-            if not str(record.setdefault(name, "")).strip():
-                record.setdefault("bad", f"no {name}")
-        for home, name in homes(record):
-            home[name] = whole(home[name], folder)
-        yield record
+            if not isinstance(record.get(name), str) or not record[name].strip():
+                record |= {name: "", "bad": record.get("bad", f"no {name}")}
+        try:
+            extra = record.get("extra") or {}
+            extra = record["extra"] = dict(json.loads(extra) if isinstance(extra, str) else extra)
+        except (ValueError, TypeError):
+            extra = record["extra"] = {}
+            record["bad"] = "extra is not JSON"
+        if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
+            rest = extra.get("history") or [{}] * len(turns)
+            extra["history"] = [turn | more for turn, more in zip(turns, rest)]
+        yield moved(record, functools.partial(whole, folder=folder))
 
 
 def count(path: str) -> float:
@@ -1383,7 +1377,7 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
             out["wav" + end] = wave.getvalue()
     if past:
         extra["history"] = [{"speech_token": turn.get("speech_token", [])} for turn in past]
-    moved(record, folder)
+    moved(record, lambda name: os.path.relpath(name, folder))
     return out | {"extra": json.dumps(extra, ensure_ascii=False).encode()}
 
 
@@ -1446,6 +1440,7 @@ def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
     `<&&>` if it is less sure than `threshold`; extra.confidence tells how sure -> counts."""
     from model import UNKNOWN, load_echat
     model, tok, found = load_echat(folder), Tokenizer(folder), Counter()
+    home = os.path.dirname(os.path.abspath(out))
 
     def full(record: dict) -> dict:
         mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
@@ -1473,7 +1468,7 @@ def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
                 record["bad"] = reason(e)
             found[record.get("bad", "written")] += 1
             if "bad" not in record:
-                yield moved(record, os.path.dirname(os.path.abspath(out)))
+                yield moved(record, lambda name: os.path.relpath(name, home))
     write_lines(out, completed())
     return dict(found)
 
