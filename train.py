@@ -28,6 +28,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -220,7 +221,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             sample.add([token], "asr" if at < words else "p", tok.unknown)
             at += len(tok.bytes_of(token))
         if words:
-            sample.listen(first, said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words), slots[-1])
+            times = said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words)
+            sample.listen(first, times, slots[-1])
         if not txt.endswith(echat.UNKNOWN):
             sample.add([tok.im_end], "p" if at > words else "asr")
         return sample
@@ -302,7 +304,7 @@ class Dialogue:
         if args.guide:
             layers = self.module.decoder.layers
             self.guided = layers[(len(layers) - 1) // 2].self_attn
-            self.guided.register_forward_pre_hook(lambda _, context: setattr(self, "watched", context))
+            self.guided.register_forward_pre_hook(lambda _, seen: setattr(self, "watched", seen))
         self.step = 0  # the loop's
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
 
@@ -383,11 +385,12 @@ class Dialogue:
                 for clip, *at in asked.audio]
         layout = "speech" if asked.kind == "tts" else "interleave" if "_stream" in asked.kind \
             else "both" if asked.kind.startswith("s2s") else "text"
-        greedy = dict.fromkeys(("text", "speech"), echat.Sampling())
-        said = list(self.module.generate(ids, self.tok, mels, layout, "_think" in asked.kind, greedy,
-                                         max_tokens=200))
-        return self.tok.decode([i for phase, i in said if phase == "text"]) \
-            + f" [{sum(phase == 'speech' for phase, _ in said)} codes]"
+        said = {"text": [], "speech": []}
+        for phase, token in self.module.generate(
+                ids, self.tok, mels, layout, "_think" in asked.kind,
+                dict.fromkeys(said, echat.Sampling()), max_tokens=200):
+            said[phase].append(token)
+        return f"{self.tok.decode(said['text'])} [{len(said['speech'])} codes]"
 
     def weight(self, batch: dict) -> int:
         """Target tokens, over which the loss is a mean: short and long samples weigh each alike."""
@@ -426,7 +429,7 @@ class Dialogue:
         attention = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~seen, -1e9).log_softmax(-1)
         now = batch["query"][:, S - T:, None]  # (B, T, 1)
         away = ((now - batch["key"][:, None]) ** 2 / 2).masked_fill(~seen, math.inf)  # (B, T, S)
-        there = (now[..., 0] > NEVER) & (away.amin(-1) < 50)  # else what it seeks is not written yet
+        there = (now[..., 0] > NEVER) & (away.amin(-1) < 50)  # else its text is yet to come
         loss = -(attention - away).logsumexp(-1)[there]
         return loss.sum() / max(1, len(loss)), (loss.detach().sum(), len(loss))
 
@@ -638,12 +641,10 @@ KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}
 # The loop
 
 
-def load_if_there(module: nn.Module, folder: str | None, name: str) -> bool:
+def load_if_there(module: nn.Module, folder: str | None, name: str) -> None:
     path = os.path.join(folder or "", name)
     if folder and os.path.exists(path):
-        echat.fit(module, {k: v.float() for k, v in echat.read_weights(path).items()}, path)
-        return True
-    return False
+        echat.fit(module, echat.read_weights(path), path)
 
 
 def trainable(module: EChat, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -687,9 +688,12 @@ def clip(gradients: list[Tensor], limit: float) -> float:
     return norm
 
 
-def gathered(state):
-    """Nested weights or optimiser state with all shards put together, on the CPU."""
-    return tree.tree_map_only(DTensor, lambda t: t.full_tensor().cpu(), state)
+def gathered(state: dict) -> dict:
+    """A nested state with all shards put together, on the CPU of rank 0."""
+    def whole(shard: DTensor) -> Tensor | None:
+        full = shard.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else None
+    return tree.tree_map_only(DTensor, whole, state)
 
 
 def add(sums: dict, stats: dict) -> None:
@@ -713,6 +717,7 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.cfg = self.config()
         self.trainee = KINDS.get(args.stage, Dialogue)(args, self.cfg, self.stage)
+        self.talks = isinstance(self.trainee, Dialogue)
         if self.rank:  # the weights are the same on all ranks, the dropout is not
             torch.manual_seed(args.seed + self.rank)
         self.step, self.data_state, self.bad, self.best, self.lr = 0, None, 0, math.inf, 0.0
@@ -730,7 +735,7 @@ class Trainer:
             self.restore(state)
 
     def shard(self) -> None:
-        if not dist.is_initialized() or not isinstance(self.trainee, Dialogue):
+        if not dist.is_initialized() or not self.talks:
             raise BadInput("--shard is for the LLM's stages, run by torchrun")
         if self.args.ear or self.args.guide:
             raise BadInput("--ear and --guide are for small models, not for --shard")
@@ -793,7 +798,7 @@ class Trainer:
             self.step += 1
             add(sums, self.update(micro) or {})
             seen += sum(batch["size"] for batch in micro)
-            if hasattr(self.trainee, "flops"):
+            if self.talks:
                 work += sum(map(self.trainee.flops, micro))
             if self.step % args.log_every == 0:
                 took = time.time() - window
@@ -804,22 +809,19 @@ class Trainer:
             if args.valid and self.step % args.valid_every == 0:
                 self.validate()
             if self.step % args.save_every == 0:
-                self.save()
-                self.keep(f"step-{self.step}")
+                self.save(f"step-{self.step}" if args.keep else None)
         self.save()
 
     def hardware(self, flops: float) -> dict:
-        """GB of memory at most so far, MFU where the peak is known, and what the data lack."""
-        if self.kind == "cpu":
-            used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
-        else:
+        """The most GB of memory so far, MFU if the device's peak is known, rejected records."""
+        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
+        if self.kind != "cpu":
             device = torch.get_device_module(self.kind)
             used, name = device.max_memory_allocated(), device.get_device_name()
-        rejected = Counter()
-        for source in self.data_state["sources"]:
-            rejected.update(source["rejected"])
-        return {"gb": used / 1e9} | {"mfu": flops / peak for chip, peak in PEAK.items() if flops
-                                     and chip in name} | ({"rejected": rejected} if rejected else {})
+        line = {"gb": used / 1e9}
+        line |= {"mfu": flops / peak for chip, peak in PEAK.items() if chip in name and flops}
+        rejected = sum((Counter(s["rejected"]) for s in self.data_state["sources"]), Counter())
+        return line | ({"rejected": dict(rejected)} if rejected else {})
 
     def update(self, micro: list[dict]) -> dict | None:
         """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
@@ -866,14 +868,13 @@ class Trainer:
                 loss, stats = trainee.loss(trainee.turns[-1], batch)
                 add(sums, stats | {"loss": (loss * trainee.weight(batch), trainee.weight(batch))})
             reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0], self.device)} \
-                if isinstance(trainee, Dialogue) else {}
+                if self.talks else {}
         trainee.module.train()
         found = {f"valid_{k}": v for k, v in self.means(sums).items()}
         self.log({"step": self.step} | found | reply)
         if found.get("valid_loss", math.inf) < self.best:
             self.best = found["valid_loss"]
-            self.save()
-            self.keep("best")
+            self.save("best")
 
     def means(self, sums: dict) -> dict[str, float]:
         """name -> (sum, count) of this rank to name -> mean over all ranks."""
@@ -894,8 +895,9 @@ class Trainer:
         """What holds the states of random numbers: the CPU's, and the device's."""
         return [torch] + ([torch.get_device_module(self.kind)] if self.kind != "cpu" else [])
 
-    def save(self) -> None:
-        """The run's folder is a checkpoint folder: what a stage does not train is carried over."""
+    def save(self, also: str | None = None) -> None:
+        """The run's folder is a checkpoint folder: what a stage does not train is carried over.
+        `also`: a name to keep it under."""
         rng = [[source.get_rng_state() for source in self.chance()]] * self.world
         if self.world > 1:
             dist.all_gather_object(rng, rng[0])
@@ -914,20 +916,22 @@ class Trainer:
             self.trainee.save(out, state["module"])
             torch.save(state, os.path.join(out, "state.pt.tmp"))
             os.replace(os.path.join(out, "state.pt.tmp"), os.path.join(out, "state.pt"))
+            if also:
+                self.keep(also)
         self.meet()
 
     def keep(self, name: str) -> None:
-        """The run's folder as it is, once more by hard links, which take no room until it changes;
-        of the numbered ones the latest --keep."""
-        out = self.args.out
-        if self.rank or (name != "best" and not self.args.keep):
-            return
-        shutil.rmtree(os.path.join(out, name), ignore_errors=True)
-        shutil.copytree(out, os.path.join(out, name), copy_function=os.link, ignore=lambda _, names: [
-            n for n in names if n == "log.jsonl" or os.path.isdir(os.path.join(out, n))])
-        steps = sorted((n for n in os.listdir(out) if n.startswith("step-")), key=lambda n: int(n[5:]))
-        for old in steps[:-self.args.keep] if self.args.keep else ():
-            shutil.rmtree(os.path.join(out, old))
+        """The run's folder as it is, once more by hard links: they take no room until it changes.
+        Of the numbered ones the latest --keep."""
+        out = Path(self.args.out)
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir()
+        for file in out.iterdir():
+            if file.is_file() and file.name != "log.jsonl":
+                os.link(file, out / name / file.name)
+        steps = sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))
+        for old in steps[:-self.args.keep or None]:
+            shutil.rmtree(old)
 
     def saved(self) -> dict:
         path = os.path.join(self.args.out, "state.pt")

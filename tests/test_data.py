@@ -260,10 +260,11 @@ def dialogues(tmp_path, wav):
     """A raw list of everything that a shard has to carry."""
     return write_list(tmp_path / "raw.jsonl", [
         {"key": "a.1", "txt": "hello", "task": "<TRANSCRIBE>", "wav": wav(0.3)},
-        {"key": "b", "txt": "h\u00e9", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(1.0), "start": 0.25,
-         "end": 0.75, "extra": {"age": "<OLD>", "reply_wav": wav(0.5), "speech_token": [1, 2],
-                                "history": [{"wav": wav(0.3, 100), "txt": "one", "speech_token": [3]},
-                                            {"wav": wav(0.5), "txt": "two"}]}},
+        {"key": "b", "txt": "h\u00e9", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(1.0),
+         "start": 0.25, "end": 0.75, "extra": {
+             "age": "<OLD>", "reply_wav": wav(0.5), "speech_token": [1, 2], "history": [
+                 {"wav": wav(0.3, 100), "txt": "one", "speech_token": [3]},
+                 {"wav": wav(0.5), "txt": "two"}]}},
         {"key": "c", "txt": "hi", "task": "<TEXT2TEXT>", "extra": {"question": "hello"}},
         {"key": "d", "txt": "gone", "task": "<TRANSCRIBE>", "wav": "gone.wav"},
         {"key": "e", "txt": "no task"}])

@@ -18,8 +18,8 @@ from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 import train
 from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, think_length,
                    user_prompt)
-from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, said_at,
-                   sequence, tagless)
+from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate,
+                   said_at, sequence, tagless)
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -436,8 +436,9 @@ def test_the_ear_learns_words_and_labels(run, lists, checkpoint):
         batch = trainer.trainee.collate([made(record, trainer.trainee.tok)], "")
         trainer.trainee.module.eval()
         loss, stats = trainer.trainee.loss("model", batch)
-    parts = sum(stats[k][0] for k in ("asr", "p")) / trainer.trainee.weight(batch)
-    assert float(loss) == pytest.approx(float(parts + 2 * (stats["ctc"][0] + stats["cue_emotion"][0])))
+    asr, p, ctc, cue = (float(stats[k][0]) for k in ("asr", "p", "ctc", "cue_emotion"))
+    want = (asr + p) / trainer.trainee.weight(batch) + 2 * (ctc + cue)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
 def test_unknown_labels_are_no_cue(tok, wav):
@@ -527,8 +528,9 @@ def two(stage, lists, init, out, *more, dies_at=None) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = ["train.py", "--stage", stage, "--init", str(init), "--lr", "0.01", "--warmup", "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
-             "--batch-tokens", "150", "--out", str(out), "--data", of(lists, stage)[0], *more]
+    words = f"train.py --stage {stage} --init {init} --lr 0.01 --warmup 1 --accum 1 --workers 0 " \
+        f"--log-every 1 --device cpu --batch-tokens 150 --out {out} --data {of(lists, stage)[0]}"
+    words = [*words.split(), *more]
     context = multiprocessing.get_context("fork")  # spawned ones would import torch anew
     ranks = [context.Process(target=as_rank, args=(rank, port, words, dies_at))
              for rank in range(2)]
@@ -613,8 +615,11 @@ def test_rejects_are_in_the_log(run, lists, tmp_path):
 
 def test_mfu_counts_what_is_trained(run, lists, tok, wav):
     trainee = run("align", lists["align"], steps=0).trainee
-    batch = trainee.collate([made({"task": "<TRANSCRIBE>", "wav": wav(0.8), "txt": "hello"}, tok)], "")
-    def n(part): return sum(p.numel() for p in part.parameters())
+    sample = made({"task": "<TRANSCRIBE>", "wav": wav(0.8), "txt": "hello"}, tok)
+    batch = trainee.collate([sample], "")
+
+    def n(part):
+        return sum(p.numel() for p in part.parameters())
     net, targets = trainee.module, trainee.weight(batch)
     assert trainee.flops(batch | {"size": 70}) == (
         4 * n(net.decoder.layers) * 70 + 4 * 303 * 16 * targets + 6 * n(net.adapter) * 10
