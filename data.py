@@ -393,6 +393,14 @@ def count(path: str) -> float:
     return max(1, ends * size / max(1, read)) * each
 
 
+def attempt(make, record: dict, epoch: int, rng: random.Random):
+    """The sample that a record makes, or the reason why it is rejected."""
+    try:
+        return record.get("bad") or make(record, epoch, rng)
+    except BadInput as e:
+        return reason(e)
+
+
 class Source:
     """One weighted list as an endless stream of batches, every step a function of the seed.
 
@@ -411,10 +419,7 @@ class Source:
         """Samples of a window; the rejects are counted, once, if part of it was used before."""
         samples, rejected = [], Counter(self.state["rejected"])
         for record in chunk:
-            try:
-                made = record.get("bad") or self.make(record, self.state["epoch"], rng)
-            except BadInput as e:
-                made = reason(e)
+            made = attempt(self.make, record, self.state["epoch"], rng)
             if isinstance(made, str):
                 rejected[made] += not self.state["used"]
             else:
@@ -1434,36 +1439,40 @@ def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, flo
     return LABELS[name][int(best.indices)], float(best.values)
 
 
+def complete(record: dict, model, tok, threshold: float) -> dict[str, float]:
+    """Add to a record what it lacks of the labels -> how sure the model is of each of those."""
+    from model import UNKNOWN
+    mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
+                   record.get("end"))
+    heard, labels = model.hear(mel[None], torch.tensor([len(mel)])), known_labels(record)
+    sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
+    labels |= {name: value for name, (value, p) in sure.items() if p >= threshold}
+    tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
+    record["extra"]["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
+    if "<S2TCHAT" in record["task"]:
+        record["extra"] |= {IN_EXTRA[name]: tag for name, tag in tags.items()}
+    else:
+        record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
+        record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in record["task"]) \
+            + " ".join(f"<{name.upper()}>" for name in LABELS)
+    return record["extra"]["confidence"]
+
+
 @torch.inference_mode()
 def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
     """Stage 1's full-label step: a list in which what a label lacks is what the model hears, or
     `<&&>` if it is less sure than `threshold`; extra.confidence tells how sure -> counts."""
-    from model import UNKNOWN, load_echat
+    from model import load_echat
     model, tok, found = load_echat(folder), Tokenizer(folder), Counter()
     home = os.path.dirname(os.path.abspath(out))
 
-    def full(record: dict) -> dict:
-        mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
-                       record.get("end"))
-        heard, labels = model.hear(mel[None], torch.tensor([len(mel)])), known_labels(record)
-        sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
-        labels |= {name: value for name, (value, p) in sure.items() if p >= threshold}
-        found.update(f"{name} {'kept' if name in labels else 'unsure'}" for name in sure)
-        tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
-        record["extra"]["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
-        if "<S2TCHAT" in record["task"]:
-            record["extra"] |= {IN_EXTRA[name]: tag for name, tag in tags.items()}
-        else:
-            record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
-            record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in record["task"]) \
-                + " ".join(f"<{name.upper()}>" for name in LABELS)
-        return record
-
     def completed():
         for record in tqdm(records(path), "labels", unit=" records"):
-            asks = not record["task"].startswith("<TEXT2T")
             try:
-                record = full(record) if asks and "bad" not in record else record
+                if "bad" not in record and not record["task"].startswith("<TEXT2T"):
+                    sure = complete(record, model, tok, threshold).items()
+                    found.update(f"{name} {'kept' if p >= threshold else 'unsure'}"
+                                 for name, p in sure)
             except BadInput as e:
                 record["bad"] = reason(e)
             found[record.get("bad", "written")] += 1
@@ -1561,8 +1570,7 @@ def check(path: str) -> dict:
     tasks, labels, problems, hours = Counter(), Counter(), Counter(), 0.0
     for r in records(path):
         tasks[r["task"]] += 1
-        labels.update(f"{name} {r['extra'][name]}" for name in (*IN_EXTRA.values(), "emotion")
-                      if name in r["extra"])
+        labels.update(map(" ".join, known_labels(r).items()))
         if "bad" in r:
             problems[r["bad"]] += 1
         elif r.get("wav"):

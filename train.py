@@ -376,7 +376,7 @@ class Dialogue:
     @torch.no_grad()
     def reply(self, path: str, device: str) -> str:
         """What the model answers, greedily, to the first record of a list."""
-        made = (self.make(r, 1, random.Random(0)) for r in data.records(path) if "bad" not in r)
+        made = (data.attempt(self.make, r, 1, random.Random(0)) for r in data.records(path))
         asked = next((s for s in made if isinstance(s, Sample)), None)
         if asked is None:
             return ""
@@ -968,7 +968,7 @@ CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
 
 def setup(device: str) -> tuple:
     """rank, world size, device, a group for long waits; starts the process groups of torchrun. A
-    rank that is silent for a minute ends the run on all."""
+    rank that is silent for 45 s ends the run on all."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else \
             "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
@@ -978,7 +978,7 @@ def setup(device: str) -> tuple:
     if device != "cpu":
         device = f"{device}:{os.environ['LOCAL_RANK']}"
         torch.get_device_module(device).set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=60))
+    dist.init_process_group(backend, timeout=timedelta(seconds=45))
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
     return dist.get_rank(), dist.get_world_size(), device, patient
 
@@ -991,7 +991,7 @@ def show(trainer: Trainer, count: int) -> None:
     for item in trainer.args.data:
         rng = random.Random(trainer.args.seed)
         for _, record in zip(range(count), data.records(weighted(item)[0])):
-            sample = trainer.trainee.make(record, 1, rng)
+            sample = data.attempt(trainer.trainee.make, record, 1, rng)
             if isinstance(sample, str):
                 print(f"rejected: {sample}")
                 continue
@@ -1062,7 +1062,7 @@ def main() -> None:
         if "RANK" not in os.environ or not re.search(LOST, str(e)):
             raise
         sys.exit(f"train.py: rank {os.environ['RANK']} stops, another one is gone or has been "
-                 f"silent for a minute ({str(e).strip().splitlines()[0][:150]})")
+                 f"silent for 45 s ({str(e).strip().splitlines()[0][:150]})")
 
 
 def fail(message: str) -> None:

@@ -599,14 +599,16 @@ def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):
 
 def test_check(tmp_path, wav, monkeypatch, capsys):
     path = write_list(tmp_path / "l.jsonl", [
-        {"txt": "a", "task": "<TRANSCRIBE>", "wav": wav(0.5), "extra": {"age": "<OLD>"}},
+        {"txt": "a<OLD><&&>", "task": "<TRANSCRIBE> <AGE> <EMOTION>", "wav": wav(0.5)},
+        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(0.5), "extra": {"q_emotion": "<SAD>"}},
         {"txt": "a", "task": "<TRANSCRIBE>", "wav": "none.wav"},
         {"txt": "a", "task": "<TRANSCRIBE>"}, {"txt": " ", "task": "<TEXT2TEXT>"}])
     command(monkeypatch, "check", path)
     found = json.loads(capsys.readouterr().out.removeprefix(path))
-    assert found["records"] == 4 and found["tasks"] == {"<TRANSCRIBE>": 3, "<TEXT2TEXT>": 1}
+    assert found["records"] == 5 and found["hours"] == 0 and found["tasks"] == {
+        "<TRANSCRIBE>": 2, "<TEXT2TEXT>": 1, "<S2TCHAT>": 1, "<TRANSCRIBE> <AGE> <EMOTION>": 1}
     assert found["problems"] == {"no txt": 1, "no such file": 1, "no wav": 1}
-    assert found["labels"] == {"age <OLD>": 1}
+    assert found["labels"] == {"age OLD": 1, "emotion SAD": 1}
 
 
 def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, capsys):
