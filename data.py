@@ -1348,6 +1348,9 @@ def write_lines(path: str, rows) -> None:
 def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
     """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
     from model import load_s3
+    for path in lists:
+        if isinstance(next(rows(path), None), dict):
+            raise BadInput(f"{path}: a list of shards; codes are added to JSONL")
     s3, done = load_s3(folder), {}
     wanted = sorted({(seconds_of(w), w) for path in lists for r in records(path)
                      if (w := spoken(r)) and "speech_token" not in r["extra"]})
@@ -1372,7 +1375,7 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
     extra, out = record["extra"], {"task": record["task"].encode()}
     past = extra.get("history", [])
     for end, turn in (("", record), *((f"_{i}", turn) for i, turn in enumerate(past, 1))):
-        out["txt" + end] = turn["txt"].encode()
+        out["txt" + end] = turn.get("txt", "").encode()
         if turn.get("wav"):
             with audio(turn["wav"]) as f:
                 first, last = span(len(f), f.samplerate, turn.get("start", 0.0), turn.get("end"))
@@ -1584,33 +1587,33 @@ def check(path: str) -> dict:
             "problems": problems}
 
 
-def commands() -> argparse.ArgumentParser:
+def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    each = p.add_subparsers(dest="command", required=True)
-    c = each.add_parser("build", help="make the EChat-mini corpus")
+    commands = p.add_subparsers(dest="command", required=True)
+    c = commands.add_parser("build", help="make the EChat-mini corpus")
     c.add_argument("--out", required=True)
     c.add_argument("--scenes", nargs="+",
                    default=[os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
     c.add_argument("--n", type=int, default=10000)
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--jobs", type=int, default=os.cpu_count())
-    c = each.add_parser("tokenizer", help="train the byte-level BPE")
+    c = commands.add_parser("tokenizer", help="train the byte-level BPE")
     c.add_argument("--text", required=True, help="file with one text a line")
     c.add_argument("--vocab", type=int, default=2048)
     c.add_argument("--out", required=True)
-    c = each.add_parser("tokens", help="add extra.speech_token to JSONL lists")
+    c = commands.add_parser("tokens", help="add extra.speech_token to JSONL lists")
     c.add_argument("lists", nargs="+")
     c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
-    c = each.add_parser("pseudo-label", help="complete labels by a model that has learned them")
+    c = commands.add_parser("pseudo-label", help="complete labels by a model that has learned them")
     c.add_argument("list")
     c.add_argument("--model", required=True, help="checkpoint folder after stage paralinguistic")
     c.add_argument("--out", required=True, help="the new list")
     c.add_argument("--threshold", type=float, default=0.8, help="less sure than this: unknown")
-    c = each.add_parser("shards", help="write a list as tars, the released layout")
+    c = commands.add_parser("shards", help="write a list as tars, the released layout")
     c.add_argument("list")
     c.add_argument("--out", required=True, help="folder")
     c.add_argument("--size", type=int, default=1000, help="records a tar")
-    c = each.add_parser("voice", help="make a voice file")
+    c = commands.add_parser("voice", help="make a voice file")
     c.add_argument("wavs", nargs="+")
     c.add_argument("--model", help="our checkpoint folder; for the released one, instead:")
     c.add_argument("--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
@@ -1618,9 +1621,15 @@ def commands() -> argparse.ArgumentParser:
     c.add_argument("--rate", type=int, choices=(25, 50), default=25,
                    help="codes a second, where --s3 does not tell (.onnx does)")
     c.add_argument("--out", required=True)
-    c = each.add_parser("check", help="lint lists, of any format")
+    c = commands.add_parser("check", help="lint lists, of any format")
     c.add_argument("lists", nargs="+")
-    return p
+    args = p.parse_args()
+    from model import BadCheckpoint
+    try:
+        run(args)
+    except (BadInput, BadCheckpoint, OSError) as e:
+        print(f"data.py: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -1644,15 +1653,6 @@ def run(args: argparse.Namespace) -> None:
         released_voice(args.wavs[0], args.s3, args.speaker, args.out, args.rate)
     else:
         raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
-
-
-def main() -> None:
-    from model import BadCheckpoint
-    try:
-        run(commands().parse_args())
-    except (BadInput, BadCheckpoint, OSError) as e:
-        print(f"data.py: {e}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -669,7 +669,7 @@ def learning_rate(step: int, args) -> float:
 
 def all_reduce(tensors: list[Tensor]) -> None:
     """Sum over ranks, if there are several, in one message."""
-    if not dist.is_initialized() or not tensors:
+    if not dist.is_initialized():
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
@@ -878,9 +878,12 @@ class Trainer:
 
     def means(self, sums: dict) -> dict[str, float]:
         """name -> (sum, count) of this rank to name -> mean over all ranks."""
-        pairs = [torch.tensor([float(v), float(n)], device=self.device) for v, n in sums.values()]
-        all_reduce(pairs)
-        return {k: float(v / n) for k, (v, n) in zip(sums, pairs) if n > 0}
+        every, total = [{k: (float(v), float(n)) for k, (v, n) in sums.items()}] * self.world, {}
+        if self.world > 1:  # not every rank has met every part
+            dist.all_gather_object(every, every[0])
+        for one in every:
+            add(total, one)
+        return {k: v / n for k, (v, n) in total.items() if n > 0}
 
     def log(self, line: dict) -> None:
         if self.rank:

@@ -615,7 +615,11 @@ def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, caps
     path = write_list(tmp_path / "l.jsonl", [{"txt": "a", "task": "<TEXT2TOKEN>", "wav": "no.wav"}])
     broken = copy_of(checkpoint, tmp_path / "c")
     (broken / "tokenizer_s3.safetensors").write_bytes(b"")
+    shards = tmp_path / "shards.txt"
+    shards.write_text("gone.tar\n")
     for words in (["tokens", path, "--model", checkpoint], ["tokens", path, "--model", broken],
+                  ["tokens", shards, "--model", checkpoint], ["shards", "no", "--out", tmp_path],
+                  ["pseudo-label", path, "--model", tmp_path, "--out", tmp_path / "n"],
                   ["tokens", tmp_path / "none", "--model", checkpoint], ["check", tmp_path / "no"],
                   ["voice", tmp_path / "no.wav", "--model", checkpoint, "--out", tmp_path / "v"],
                   ["tokenizer", "--text", tmp_path / "no", "--out", tmp_path]):
