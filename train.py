@@ -715,7 +715,8 @@ class Trainer:
         self.rank, self.world, self.device, self.patient = setup(args.device)
         self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
-        self.cfg = self.config()
+        known = args.init and os.path.exists(os.path.join(args.init, "config.json"))
+        self.cfg = echat.load_config(args.init) if known else echat.PRESETS[args.preset]()
         self.trainee = KINDS.get(args.stage, Dialogue)(args, self.cfg, self.stage)
         self.talks = isinstance(self.trainee, Dialogue)
         if self.rank:  # the weights are the same on all ranks, the dropout is not
@@ -754,12 +755,6 @@ class Trainer:
         return [{"params": own, "scale": self.args.whisper_lr if slow else 1.0}
                 for (slow, _), group in kinds.items() if (own := [p for p in group if p in mine])]
 
-    def config(self) -> echat.Config:
-        args = self.args
-        if args.init and os.path.exists(os.path.join(args.init, "config.json")):
-            return echat.load_config(args.init)
-        return echat.PRESETS[args.preset]()
-
     def collate(self, samples: list, seed: str) -> dict:
         return self.trainee.collate(samples, seed) | {"size": sum(s.length for s in samples)}
 
@@ -789,7 +784,7 @@ class Trainer:
         self.trainee.module.train()
         begun = window = time.time()
         waited, seen, work, sums = 0.0, 0, 0.0, {}
-        while self.step < args.steps and time.time() - begun < args.minutes * 60:
+        while self.step < args.steps and not self.late(time.time() - begun):
             start = time.time()
             micro = [next(batches) for _ in range(args.accum)]
             self.data_state = micro[-1][1]
@@ -811,6 +806,12 @@ class Trainer:
             if self.step % args.save_every == 0:
                 self.save(f"step-{self.step}" if args.keep else None)
         self.save()
+
+    def late(self, seconds: float) -> bool:
+        """Whether --minutes are over for any rank: all must stop at the same step."""
+        late = torch.tensor(float(seconds >= self.args.minutes * 60), device=self.device)
+        all_reduce([late])
+        return bool(late)
 
     def hardware(self, flops: float) -> dict:
         """The most GB of memory so far, MFU if the device's peak is known, rejected records."""
@@ -1059,18 +1060,14 @@ def main() -> None:
         show(trainer, args.show) if args.show else trainer.run()
     except (BadInput, echat.BadCheckpoint) as e:
         # from a worker process it comes with the traceback of that one
-        message = str(e).strip().splitlines()[-1].removeprefix("data.BadInput: ")
-        sys.exit(f"train.py: {message}") if "RANK" in os.environ else fail(message)
+        print("train.py:", str(e).strip().splitlines()[-1].removeprefix("data.BadInput: "),
+              file=sys.stderr)
+        sys.exit(2)
     except RuntimeError as e:
         if "RANK" not in os.environ or not re.search(LOST, str(e)):
             raise
         sys.exit(f"train.py: rank {os.environ['RANK']} stops, another one is gone or has been "
                  f"silent for 45 s ({str(e).strip().splitlines()[0][:150]})")
-
-
-def fail(message: str) -> None:
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

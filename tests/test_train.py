@@ -537,7 +537,7 @@ def two(stage, lists, init, out, *more, dies_at=None) -> list:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(60)
+        process.join(120)
         process.kill()
     return [process.exitcode for process in ranks]
 
