@@ -1,11 +1,14 @@
 """Data: tokenizer, manifests, features, batches, and the commands that make a corpus.
 
-Paper sections EChat-200K (Data Pipline), App. A.1 and A.3. A list is JSONL in the released raw
-format, one record a line: key, wav (relative to the list), txt, task, extra {...}, start, end.
+Paper sections EChat-200K (Data Pipline), App. A.1 and A.3. A list has one of the released formats:
+raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line), combine
+(`labels.jsonl|audio.tar` a line), or is one .tar. Paths are relative to the list.
 
     python data.py build --out corpus            # the EChat-mini corpus (synthetic labels)
     python data.py tokenizer --text corpus/texts.txt --vocab 2048 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
+    python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
+    python data.py shards LIST --out DIR         # a list as tars, the released layout
     python data.py voice WAV ... --model assets/mini --out voice.safetensors
     python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
     python data.py check LIST                    # lint a list, count hours and labels
@@ -27,11 +30,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import unicodedata
 import zipfile
 import zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -162,12 +167,31 @@ def train_tokenizer(texts: list[str], vocab: int, out: str) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(list(SPECIALS))
     os.makedirs(out, exist_ok=True)
-    bpe.save(os.path.join(out, "tokenizer.json.tmp"))
-    os.replace(os.path.join(out, "tokenizer.json.tmp"), os.path.join(out, "tokenizer.json"))
+    with replacing(os.path.join(out, "tokenizer.json")) as f:
+        f.write(bpe.to_str(pretty=True))
 
 
 # ---------------------------------------------------------------------------------------------
 # Audio
+
+@contextmanager
+def audio(source):
+    """soundfile's view of a path, of an open file, or of `shard.tar#OFFSET+SIZE`, the audio inside
+    a shard; BadInput if it is none."""
+    file = name = source if isinstance(source, str) else "audio"
+    try:
+        if found := re.fullmatch(r"(.+\.tar)#(\d+)\+(\d+)", name):
+            file = found[1]
+            with open(file, "rb") as tar:
+                tar.seek(int(found[2]))
+                source = io.BytesIO(tar.read(int(found[3])))
+        with sf.SoundFile(source) as f:
+            yield f
+    except (OSError, RuntimeError, TypeError) as e:
+        if isinstance(source, str) and not os.path.exists(file):
+            raise BadInput(f"{name}: no such file") from None
+        raise BadInput(f"{name}: not a readable audio file ({str(e).strip()})") from None
+
 
 def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | None = None
               ) -> Tensor:
@@ -176,22 +200,16 @@ def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | 
     Raises BadInput for a missing, damaged, empty, too long or non-finite file.
     """
     name = source if isinstance(source, str) else "audio"
-    try:
-        with sf.SoundFile(source) as f:
-            if not 1000 <= f.samplerate <= 400000:
-                raise BadInput(f"{name}: a sample rate of {f.samplerate} Hz")
-            first, last = span(len(f), f.samplerate, start, end)
-            if last - first > MAX_SECONDS * f.samplerate:
-                raise BadInput(f"{name}: {(last - first) / f.samplerate:.0f} s of audio, the "
-                               f"limit is {MAX_SECONDS} s")
-            f.seek(first)
-            wave, own_rate = f.read(max(0, last - first), dtype="float32", always_2d=True), \
-                f.samplerate
-    except (OSError, RuntimeError, TypeError) as e:
-        if isinstance(source, str) and not os.path.exists(source):
-            raise BadInput(f"{name}: no such file") from None
-        raise BadInput(f"{name}: not a readable audio file ({str(e).strip()})") from None
-    wave = wave.mean(1)  # (N,)
+    with audio(source) as f:
+        own_rate = f.samplerate
+        if not 1000 <= own_rate <= 400000:
+            raise BadInput(f"{name}: a sample rate of {own_rate} Hz")
+        first, last = span(len(f), own_rate, start, end)
+        if last - first > MAX_SECONDS * own_rate:
+            raise BadInput(f"{name}: {(last - first) / own_rate:.0f} s of audio, the limit is "
+                           f"{MAX_SECONDS} s")
+        f.seek(first)
+        wave = f.read(max(0, last - first), dtype="float32", always_2d=True).mean(1)  # (N,)
     if not len(wave):
         raise BadInput(f"{name}: no samples")
     if not np.isfinite(wave).all():
@@ -207,32 +225,32 @@ def span(samples: int, rate: int, start: float, end: float | None) -> tuple[int,
     return round(start * rate), samples if end is None else min(samples, round(end * rate))
 
 
-def header(path: str):
-    """What a file's header says (soundfile's info); BadInput if it is no audio file."""
-    try:
-        return sf.info(path)
-    except (OSError, RuntimeError, TypeError) as e:
-        raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
-
-
 def seconds_of(path: str) -> float:
     """Duration from the file's header only."""
-    return header(path).duration
+    with audio(path) as f:
+        return len(f) / f.samplerate
 
 
 def frames_of(path: str, start: float = 0.0, end: float | None = None) -> int:
     """How many frames `features` will make, to the frame, from the file's header only."""
-    info = header(path)
-    first, last = span(info.frames, info.samplerate, start, end)
-    return -(-(last - first) * SAMPLE_RATE // info.samplerate) // 160
+    with audio(path) as f:
+        first, last = span(len(f), f.samplerate, start, end)
+        return -(-(last - first) * SAMPLE_RATE // f.samplerate) // 160
+
+
+@contextmanager
+def replacing(path: str, mode: str = "w"):
+    """A file to write that will be there whole or not at all."""
+    with open(path + ".tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
+        yield f
+    os.replace(path + ".tmp", path)
 
 
 def write_wave(path: str, wave: Tensor, rate: int) -> None:
-    """16-bit PCM, written whole or not at all. BadInput where nothing can be written."""
+    """16-bit PCM. BadInput where nothing can be written."""
     try:
-        with open(path + ".tmp", "wb") as f:
+        with replacing(path, "wb") as f:
             sf.write(f, wave.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
-        os.replace(path + ".tmp", path)
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror})") from None
 
@@ -259,30 +277,129 @@ def spec_augment(mel: Tensor, rng: random.Random) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # Lists and batches
 
-def records(path: str):
-    """Yields the records of a JSONL list, wav paths made absolute; BadInput names a bad line."""
-    folder = os.path.dirname(os.path.abspath(path))
+def lines(path: str):
+    """(number, text) of the lines that are not blank."""
     try:
         with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.isspace():
-                    continue
-                try:
-                    record = json.loads(line)
-                    record["task"], record["txt"]
-                except (ValueError, KeyError, TypeError):
-                    raise BadInput(f"{path}:{number}: not a JSON record with task and txt") \
-                        from None
-                extra = record["extra"] = record.get("extra") or {}
-                past = [(turn, "wav") for turn in extra.get("history", [])]
-                for home, name in ((record, "wav"), (extra, "reply_wav"), *past):
-                    if home.get(name):
-                        home[name] = os.path.join(folder, home[name])
-                yield record
+            yield from ((i, line) for i, line in enumerate(f, 1) if not line.isspace())
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 ({e})") from None
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror}") from None
+
+
+def parsed(path: str, number: int, line: str) -> dict:
+    try:
+        return dict(json.loads(line).items())
+    except (ValueError, AttributeError):
+        raise BadInput(f"{path}:{number}: not a JSON record") from None
+
+
+def whole(path: str, folder: str) -> str:
+    """A path that is relative to its list or, as in released lists, to where we are."""
+    near = os.path.join(folder, path)
+    return path if not os.path.exists(near) and os.path.exists(path) else near
+
+
+def reason(error: BadInput) -> str:
+    """What is wrong with a file, without its name."""
+    return str(error).rpartition(": ")[2].partition(" (")[0]
+
+
+TAG = re.compile("<(?:[A-Z_]+|&&)>")
+
+
+def moved(record: dict, change) -> dict:
+    """The record with every path in it changed."""
+    extra = record["extra"]
+    past = [(turn, "wav") for turn in extra.get("history", [])]
+    for home, name in ((record, "wav"), (extra, "reply_wav"), (extra, "voice"), *past):
+        if home.get(name):
+            home[name] = change(home[name])
+    return record
+
+
+def shard(path: str):
+    """The records of a tar: members KEY.txt, .task, .extra, .wav, and .wav_1, .txt_1 of the first
+    turn of a history. Audio stays in there until it is needed: `wav` tells where."""
+    with tarfile.open(path, "r:") as tar:
+        for key, members in itertools.groupby(tar, lambda m: m.name.rpartition(".")[0]):
+            record, past = {"key": key}, {}
+            for m in members:
+                kind, _, turn = m.name.rpartition(".")[2].partition("_")
+                home = past.setdefault(int(turn), {"txt": ""}) if turn.isdigit() else record
+                if kind in ("wav", "flac", "mp3", "ogg", "opus"):
+                    home["wav"] = f"{path}#{m.offset_data}+{m.size}"
+                elif kind in ("txt", "task", "extra"):
+                    home[kind] = tar.extractfile(m).read().decode(errors="replace").strip()
+            tar.members = []  # it would remember all of them
+            yield record | {"turns": [past[i] for i in sorted(past)]}
+
+
+def rows(path: str):
+    """The records of a list of any format as they are written there: dicts, or (number, line) of
+    JSONL, which costs nothing to skip."""
+    folder = os.path.dirname(os.path.abspath(path))
+    for number, line in [(1, path)] if path.endswith(".tar") else lines(path):
+        jsonl, _, tar = line.strip().rpartition("|")
+        if not tar.endswith(".tar"):
+            yield number, line
+            continue
+        known = None  # what the jsonl says of a key counts, not what the tar says
+        if jsonl.strip("-"):
+            jsonl = whole(jsonl, folder)
+            known = {r.get("key"): r for r in (parsed(jsonl, *x) for x in lines(jsonl))}
+        try:
+            for r in shard(whole(tar, folder)):
+                yield r if known is None else \
+                    known.get(r["key"], {"bad": "not in the jsonl"}) | {"wav": r.get("wav")}
+        except (OSError, tarfile.TarError) as e:
+            yield {"bad": "no such shard" if isinstance(e, FileNotFoundError) else "damaged shard"}
+
+
+def records(path: str, skip: int = 0):
+    """Yields the records of a list, but for the first `skip`, with paths made whole. BadInput
+    names a line that is none; what else is wrong with a record is told by its `bad`."""
+    folder = os.path.dirname(os.path.abspath(path))
+    for row in itertools.islice(rows(path), skip, None):
+        record = parsed(path, *row) if isinstance(row, tuple) else row
+        for name in ("task", "txt"):
+            if not isinstance(record.get(name), str) or not record[name].strip():
+                record |= {name: "", "bad": record.get("bad", f"no {name}")}
+        try:
+            extra = record.get("extra") or {}
+            extra = record["extra"] = dict(json.loads(extra) if isinstance(extra, str) else extra)
+        except (ValueError, TypeError):
+            extra = record["extra"] = {}
+            record["bad"] = "extra is not JSON"
+        if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
+            rest = extra.get("history") or [{}] * len(turns)
+            extra["history"] = [turn | more for turn, more in zip(turns, rest)]
+        yield moved(record, functools.partial(whole, folder=folder))
+
+
+def count(path: str) -> float:
+    """How many records a list has; judged by 64 MB, spread over it, if it is longer, and for
+    shards by the first of them: training starts at once on any list."""
+    if path.endswith(".tar"):
+        return sum(1 for _ in rows(path))
+    tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
+    each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
+    size, read, ends = os.path.getsize(path), 0, 0
+    with open(path, "rb") as f:
+        for i in range(64):
+            f.seek(size * i // 64)
+            block = f.read(min(size * (i + 1) // 64 - f.tell(), 1 << 20))
+            read, ends = read + len(block), ends + block.count(b"\n")
+    return max(1, ends * size / max(1, read)) * each
+
+
+def attempt(make, record: dict, epoch: int, rng: random.Random):
+    """The sample that a record makes, or the reason why it is rejected."""
+    try:
+        return record.get("bad") or make(record, epoch, rng)
+    except BadInput as e:
+        return reason(e)
 
 
 class Source:
@@ -290,47 +407,44 @@ class Source:
 
     A window of records is read, turned into samples, sorted by length, cut into batches of at
     most `budget` computed positions (longest x count) and the batches shuffled. `state` is all
-    there is to resume: which epoch, which window, how many of its batches are used.
+    there is to resume: which epoch, which window, how many of its batches are used, and for the
+    log, how many records were rejected for which reason.
     """
 
     def __init__(self, path: str, weight: float, make, budget: int, seed: int, window: int = 4000):
         self.path, self.weight, self.make = path, weight, make
         self.budget, self.seed, self.window = budget, seed, window
-        self.state, self.rejected = {"epoch": 0, "window": 0, "used": 0}, Counter()
+        self.state = {"epoch": 0, "window": 0, "used": 0, "rejected": {}}
 
-    def windows(self):
-        """Lists of samples of the current epoch, from the state's window on."""
-        stream, index = records(self.path), 0
-        while chunk := list(itertools.islice(stream, self.window)):
-            if index >= self.state["window"]:
-                yield index, chunk
-            index += 1
+    def samples(self, chunk: list[dict], rng: random.Random) -> list:
+        """Samples of a window; the rejects are counted, once, if part of it was used before."""
+        samples, rejected = [], Counter(self.state["rejected"])
+        for record in chunk:
+            made = attempt(self.make, record, self.state["epoch"], rng)
+            if isinstance(made, str):
+                rejected[made] += not self.state["used"]
+            else:
+                samples.append(made)
+        self.state["rejected"] = dict(rejected)
+        return samples
 
     def batches(self):
+        state = self.state
         while True:
-            empty = self.state["window"] == self.state["used"] == 0  # a whole epoch, from its start
-            for index, chunk in self.windows():
-                rng = random.Random(f"{self.seed} {self.state['epoch']} {index}")
-                samples = []
-                for record in chunk:
-                    try:
-                        made = self.make(record, self.state["epoch"], rng)
-                    except BadInput:
-                        made = "unreadable audio"
-                    if isinstance(made, str):
-                        self.rejected[made] += 1
-                    else:
-                        samples.append(made)
-                cut = cut_batches(samples, self.budget)
+            empty = state["window"] == state["used"] == 0  # a whole epoch, from its start
+            stream = records(self.path, state["window"] * self.window)
+            while chunk := list(itertools.islice(stream, self.window)):
+                rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
+                cut = cut_batches(self.samples(chunk, rng), self.budget)
                 rng.shuffle(cut)
-                for batch in cut[self.state["used"]:]:
+                for batch in cut[state["used"]:]:
                     empty = False
-                    self.state["used"] += 1
+                    state["used"] += 1
                     yield batch
-                self.state.update(window=index + 1, used=0)
+                state.update(window=state["window"] + 1, used=0)
             if empty:
-                raise BadInput(f"{self.path}: no usable record, rejected: {dict(self.rejected)}")
-            self.state.update(epoch=self.state["epoch"] + 1, window=0, used=0)
+                raise BadInput(f"{self.path}: no usable record, rejected: {state['rejected']}")
+            state.update(epoch=state["epoch"] + 1, window=0, used=0)
 
 
 def cut_batches(samples: list, budget: int) -> list[list]:
@@ -361,7 +475,7 @@ class Mixture(torch.utils.data.IterableDataset):
         if state:
             self.drawn = state["drawn"]
             for source, saved in zip(sources, state["sources"], strict=True):
-                source.state = dict(saved)
+                source.state.update(saved)
 
     def __iter__(self):
         worker = torch.utils.data.get_worker_info()
@@ -1101,7 +1215,8 @@ def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set) -> list[d
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
     items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
              enumerate(tqdm(kinds, "plan", leave=False))]
-    pools["texts"] = sorted({i[k] for i in items if i["split"] == "train" for k in ("query", "reply")})
+    pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
+                             for k in ("query", "reply")})
     return items + [plan_item(len(items) + i, "train", "drill", pools, clauses, seed)
                     for i in range(n // 2)]
 
@@ -1252,21 +1367,17 @@ def spoken(record: dict) -> str | None:
 
 
 def write_lines(path: str, rows) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
+    with replacing(path) as f:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    os.replace(path + ".tmp", path)
-
-
-def raw_records(path: str) -> list[dict]:
-    """The records as written, wav paths untouched."""
-    with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f if not line.isspace()]
 
 
 @torch.inference_mode()
 def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
     """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
     from model import load_s3
+    for path in lists:
+        if isinstance(next(rows(path), None), dict):
+            raise BadInput(f"{path}: a list of shards; codes are added to JSONL")
     s3, done = load_s3(folder), {}
     wanted = sorted({(seconds_of(w), w) for path in lists for r in records(path)
                      if (w := spoken(r)) and "speech_token" not in r["extra"]})
@@ -1275,12 +1386,130 @@ def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
         mels = [features(w, s3.cfg.n_mels) for w in paths]
         codes, lengths = s3.encode(pad_stack(mels), torch.tensor([len(m) for m in mels]))
         done |= {w: c[:n].tolist() for w, c, n in zip(paths, codes, lengths)}
-    for path in lists:
-        rows = raw_records(path)
-        for row, record in zip(rows, records(path)):
+
+    def filled(path: str):
+        for (number, line), record in zip(rows(path), records(path)):
+            row = parsed(path, number, line)  # as written, paths untouched
             if spoken(record) in done:
                 row["extra"] = (row.get("extra") or {}) | {"speech_token": done[spoken(record)]}
-        write_lines(path, rows)
+            yield row
+    for path in lists:
+        write_lines(path, filled(path))
+
+
+def members(record: dict, folder: str) -> dict[str, bytes]:
+    """What a shard holds of a record, by suffix; audio as 16-bit PCM."""
+    extra, out = record["extra"], {"task": record["task"].encode()}
+    past = extra.get("history", [])
+    for end, turn in (("", record), *((f"_{i}", turn) for i, turn in enumerate(past, 1))):
+        out["txt" + end] = turn.get("txt", "").encode()
+        if turn.get("wav"):
+            with audio(turn["wav"]) as f:
+                first, last = span(len(f), f.samplerate, turn.get("start", 0.0), turn.get("end"))
+                f.seek(first)
+                sf.write(wave := io.BytesIO(), f.read(last - first, "int16"), f.samplerate,
+                         "PCM_16", format="WAV")
+            out["wav" + end] = wave.getvalue()
+    if past:
+        extra["history"] = [{"speech_token": turn.get("speech_token", [])} for turn in past]
+    moved(record, lambda name: os.path.relpath(name, folder))
+    return out | {"extra": json.dumps(extra, ensure_ascii=False).encode()}
+
+
+def write_shards(path: str, folder: str, size: int) -> dict:
+    """A list as tars of `size` records in the released layout, and a list of them -> counts."""
+    os.makedirs(folder, exist_ok=True)
+    stream, names, found = records(path), [], Counter()
+    while chunk := list(itertools.islice(stream, size)):
+        names.append(f"shard_{len(names):05d}.tar")
+        with replacing(os.path.join(folder, names[-1]), "wb") as f, \
+                tarfile.open(fileobj=f, mode="w") as tar:
+            for record in chunk:
+                try:
+                    parts = {} if "bad" in record else members(record, folder)
+                except BadInput as e:
+                    record["bad"], parts = reason(e), {}
+                found[record.get("bad", "written")] += 1
+                key = record.get("key") or f"{found['written']:08d}"
+                for kind, content in parts.items():
+                    info = tarfile.TarInfo(f"{key}.{kind}")
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    with replacing(os.path.join(folder, "shards_list.txt")) as f:
+        f.writelines(name + "\n" for name in names)
+    return dict(found)
+
+
+IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}
+
+
+def known_labels(record: dict) -> dict[str, str]:
+    """The labels of a record by name, without brackets: of a dialogue those in extra."""
+    tags = TAG.findall(record["txt"])
+    if "<S2TCHAT" in record["task"]:
+        tags = [str(record["extra"].get(key)) for key in IN_EXTRA.values()]
+    return {name: tag[1:-1] for tag in tags for name, values in LABELS.items()
+            if tag[1:-1] in values}
+
+
+def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, float]:
+    """The value of a label that the model gives when asked for it alone, and how probable it is
+    among all values of that label."""
+    from decoder import SharedPrefix
+    from model import prompt, user_prompt
+    ask = prompt("understand", tok, model.cfg.decoder, int(heard[1]), user_prompt([name]))
+    answers = [torch.tensor([*tok.encode(f"<{v}>"), tok.im_end]) for v in LABELS[name]]
+    ids, cache = pad_stack(answers, -100), SharedPrefix()  # (values, L)
+    first = model.decoder(model.embed(torch.tensor([ask]), *heard), cache=cache)[:, -1:]
+    rest = model.decoder(model.decoder.embed(ids[:, :-1].clamp(min=0)), cache=cache)
+    hidden = torch.cat([first.expand(len(ids), -1, -1), rest], 1)  # (values, L, D)
+    each = torch.nn.functional.cross_entropy(
+        model.decoder.logits(hidden).transpose(1, 2), ids, reduction="none")  # (values, L)
+    best = (-each.sum(1)).softmax(0).max(0)
+    return LABELS[name][int(best.indices)], float(best.values)
+
+
+def complete(record: dict, model, tok, threshold: float) -> dict[str, float]:
+    """Add to a record what it lacks of the labels -> how sure the model is of each of those."""
+    from model import UNKNOWN
+    mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
+                   record.get("end"))
+    heard, labels = model.hear(mel[None], torch.tensor([len(mel)])), known_labels(record)
+    sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
+    labels |= {name: value for name, (value, p) in sure.items() if p >= threshold}
+    tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
+    record["extra"]["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
+    if "<S2TCHAT" in record["task"]:
+        record["extra"] |= {IN_EXTRA[name]: tag for name, tag in tags.items()}
+    else:
+        record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
+        record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in record["task"]) \
+            + " ".join(f"<{name.upper()}>" for name in LABELS)
+    return record["extra"]["confidence"]
+
+
+@torch.inference_mode()
+def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
+    """Stage 1's full-label step: a list in which what a label lacks is what the model hears, or
+    `<&&>` if it is less sure than `threshold`; extra.confidence tells how sure -> counts."""
+    from model import load_echat
+    model, tok, found = load_echat(folder), Tokenizer(folder), Counter()
+    home = os.path.dirname(os.path.abspath(out))
+
+    def completed():
+        for record in tqdm(records(path), "labels", unit=" records"):
+            try:
+                if "bad" not in record and not record["task"].startswith("<TEXT2T"):
+                    sure = complete(record, model, tok, threshold).items()
+                    found.update(f"{name} {'kept' if p >= threshold else 'unsure'}"
+                                 for name, p in sure)
+            except BadInput as e:
+                record["bad"] = reason(e)
+            found[record.get("bad", "written")] += 1
+            if "bad" not in record:
+                yield moved(record, lambda name: os.path.relpath(name, home))
+    write_lines(out, completed())
+    return dict(found)
 
 
 @torch.inference_mode()
@@ -1368,24 +1597,21 @@ def protocol_texts(times: int = 300) -> list[str]:
 
 def check(path: str) -> dict:
     """Lint a list: counts records, hours, tasks and labels, and problems with their reasons."""
-    found = {"records": 0, "hours": 0.0, "tasks": Counter(), "labels": Counter(),
-             "problems": Counter()}
+    tasks, labels, problems, hours = Counter(), Counter(), Counter(), 0.0
     for r in records(path):
-        found["records"] += 1
-        found["tasks"][r["task"]] += 1
-        for name in ("age", "gender", "q_emotion", "caption", "emotion"):
-            if name in r["extra"]:
-                found["labels"][f"{name} {r['extra'][name]}"] += 1
-        if not r["txt"].strip():
-            found["problems"]["no text"] += 1
-        if r.get("wav"):
+        tasks[r["task"]] += 1
+        labels.update(map(" ".join, known_labels(r).items()))
+        if "bad" in r:
+            problems[r["bad"]] += 1
+        elif r.get("wav"):
             try:
-                found["hours"] += seconds_of(r["wav"]) / 3600
-            except BadInput:
-                found["problems"]["unreadable wav"] += 1
+                hours += seconds_of(r["wav"]) / 3600
+            except BadInput as e:
+                problems[reason(e)] += 1
         elif r["task"] != "<TEXT2TEXT>":
-            found["problems"]["no wav"] += 1
-    return found | {"hours": round(found["hours"], 2)}
+            problems["no wav"] += 1
+    return {"records": tasks.total(), "hours": round(hours, 2), "tasks": tasks, "labels": labels,
+            "problems": problems}
 
 
 def main() -> None:
@@ -1402,9 +1628,18 @@ def main() -> None:
     c.add_argument("--text", required=True, help="file with one text a line")
     c.add_argument("--vocab", type=int, default=2048)
     c.add_argument("--out", required=True)
-    c = commands.add_parser("tokens", help="add extra.speech_token to lists")
+    c = commands.add_parser("tokens", help="add extra.speech_token to JSONL lists")
     c.add_argument("lists", nargs="+")
     c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
+    c = commands.add_parser("pseudo-label", help="complete labels by a model that has learned them")
+    c.add_argument("list")
+    c.add_argument("--model", required=True, help="checkpoint folder after stage paralinguistic")
+    c.add_argument("--out", required=True, help="the new list")
+    c.add_argument("--threshold", type=float, default=0.8, help="less sure than this: unknown")
+    c = commands.add_parser("shards", help="write a list as tars, the released layout")
+    c.add_argument("list")
+    c.add_argument("--out", required=True, help="folder")
+    c.add_argument("--size", type=int, default=1000, help="records a tar")
     c = commands.add_parser("voice", help="make a voice file")
     c.add_argument("wavs", nargs="+")
     c.add_argument("--model", help="our checkpoint folder; for the released one, instead:")
@@ -1413,7 +1648,7 @@ def main() -> None:
     c.add_argument("--rate", type=int, choices=(25, 50), default=25,
                    help="codes a second, where --s3 does not tell (.onnx does)")
     c.add_argument("--out", required=True)
-    c = commands.add_parser("check", help="lint lists")
+    c = commands.add_parser("check", help="lint lists, of any format")
     c.add_argument("lists", nargs="+")
     args = p.parse_args()
     from model import BadCheckpoint
@@ -1432,16 +1667,19 @@ def run(args: argparse.Namespace) -> None:
             train_tokenizer(f.read().splitlines() + protocol_texts(), args.vocab, args.out)
     elif args.command == "tokens":
         tokens(args.lists, args.model)
-    elif args.command == "voice":
-        if args.model and not (args.s3 or args.speaker):
-            make_voice(args.wavs, args.model, args.out)
-        elif args.s3 and args.speaker and not args.model and len(args.wavs) == 1:
-            released_voice(args.wavs[0], args.s3, args.speaker, args.out, args.rate)
-        else:
-            raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
+    elif args.command == "pseudo-label":
+        print(json.dumps(pseudo_label(args.list, args.model, args.out, args.threshold)))
+    elif args.command == "shards":
+        print(json.dumps(write_shards(args.list, args.out, args.size)))
     elif args.command == "check":
         for path in args.lists:
             print(path, json.dumps(check(path), indent=1, ensure_ascii=False))
+    elif args.model and not (args.s3 or args.speaker):
+        make_voice(args.wavs, args.model, args.out)
+    elif args.s3 and args.speaker and not args.model and len(args.wavs) == 1:
+        released_voice(args.wavs[0], args.s3, args.speaker, args.out, args.rate)
+    else:
+        raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
 
 
 if __name__ == "__main__":

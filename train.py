@@ -19,20 +19,29 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils import _pytree as tree
+from torch.utils.checkpoint import checkpoint
 
 import data
 import model as echat
-from data import BadInput, Mixture, Source, Tokenizer
+from data import TAG, BadInput, Mixture, Source, Tokenizer
 from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
 from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
@@ -75,10 +84,10 @@ STAGES = {
 # The method: a record becomes one sequence. Facts 3.3-3.6 of the released code.
 
 PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
-TAG = re.compile(r"<[A-Z_]+>")
 # --guide: how near in seconds the text must be to the code, and the user's speech to the word,
 # which its pauses displace; the time of what has none; a shift that keeps the two apart
 NEAR, FAR, NEVER, ELSEWHERE = 0.25, 0.7, -1e9, 1e4
+HEARD = 20000  # clips whose encoding is kept: 3 GB of mini's at 4 s
 PAUSE = {ord(c): n for c, n in ((",", 3), (".", 6), ("!", 6), ("?", 6))}
 
 
@@ -177,7 +186,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             "s2s" if "<TEXT2TOKEN>" in task else "s2t"
         past = extra.get("history", []) if kind != "understand" else []  # wav, txt, speech_token
         for turn in [*past, record]:
-            if not turn.get("wav") or not os.path.exists(turn["wav"]):
+            if not turn.get("wav"):
                 return "no wav"
             clips.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
             frames = data.frames_of(*clips[-1])
@@ -204,17 +213,16 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         user = echat.user_prompt(wanted)
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
-        given = [t[1:-1] for t in TAG.findall(txt)]
-        for name, value in zip([w for w in ASKED if w in wanted and w != "asr"], given):
-            if value in data.LABELS[name]:
-                sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
+        for name, value in data.known_labels(record).items():
+            sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
         words = len(TAG.split(txt)[0].encode())
         at, first = 0, sample.length
         for token in tok.encode(txt):
             sample.add([token], "asr" if at < words else "p", tok.unknown)
             at += len(tok.bytes_of(token))
         if words:
-            sample.listen(first, said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words), slots[-1])
+            times = said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words)
+            sample.listen(first, times, slots[-1])
         if not txt.endswith(echat.UNKNOWN):
             sample.add([tok.im_end], "p" if at > words else "asr")
         return sample
@@ -302,9 +310,27 @@ class Dialogue:
         if args.guide:
             layers = self.module.decoder.layers
             self.guided = layers[(len(layers) - 1) // 2].self_attn
-            self.guided.register_forward_pre_hook(lambda _, context: setattr(self, "watched", context))
+            self.guided.register_forward_pre_hook(lambda _, seen: setattr(self, "watched", seen))
         self.step = 0  # the loop's
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
+
+    def shard(self, device: str) -> None:
+        """FSDP2: every rank holds its share of the decoder's weights, gradients and optimiser state
+        in fp32, and of a layer at a time all weights in bf16; a layer's activations are computed
+        again for the gradient. Encoder and adapter, a tenth of the paper's size, are whole on
+        every rank: not every batch uses them, and ranks that wait for each other must agree."""
+        net = self.module.decoder
+        policy = MixedPrecisionPolicy(*(() if device == "cpu" else (torch.bfloat16, torch.float32)))
+        for part in (*net.layers, net):
+            if part is not net:
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+            fully_shard(part, mp_policy=policy)
+            part.set_gradient_divide_factor(1.0)  # a sum over ranks, no mean
+            part.set_force_sum_reduction_for_comms(True)
+        for name in ("embed", "logits"):
+            register_fsdp_forward_method(net, name)
+        self.module.shared = lambda *_: 0  # a prefix computed once would not survive twice
+        self.parameters = {"model": [p for p in self.module.parameters() if p.requires_grad]}
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
@@ -324,18 +350,53 @@ class Dialogue:
             batch["mel"], batch["clips"] = data.pad_stack(mels), [str(clip) for clip in clips]
         return batch
 
+    def flops(self, batch: dict) -> float:
+        """Of a training step on what is no pad: per weight and position 2 forward, 2 to pass the
+        error on and 2 to learn from it, where that is needed."""
+        net = self.module
+        frames = int(batch["mel_lengths"].sum()) if "mel" in batch else 0
+        parts = ((net.decoder.layers, batch["size"], 4), (net.adapter, frames / 8, 4),
+                 (net.decoder.embed_tokens, self.weight(batch), 4),  # as the head
+                 (net.encoder, frames / 2, 2))
+        return sum(positions * (6 if p.requires_grad else frozen) * p.numel()
+                   for part, positions, frozen in parts for p in part.parameters())
+
     def hear(self, batch: dict) -> tuple[Tensor, Tensor] | None:
-        """The adapter's output of a batch's audio; a frozen encoder hears a clip only once."""
+        """The adapter's output of a batch's audio; a frozen encoder hears a clip only once, as
+        far as memory goes."""
         if "mel" not in batch:
             return None
         net, mel, lengths = self.module, batch["mel"], batch["mel_lengths"]
         if self.args.augment or not net.training or net.encoder.conv1.weight.requires_grad:
             return net.hear(mel, lengths)
-        if new := [i for i, clip in enumerate(batch["clips"]) if clip not in self.heard]:
+        hidden = {clip: self.heard.get(clip) for clip in batch["clips"]}
+        if new := [i for i, clip in enumerate(batch["clips"]) if hidden[clip] is None]:
             for i, x, n in zip(new, *net.encoder(mel[new], lengths[new])):
-                self.heard[batch["clips"][i]] = x[:n].half()
-        hidden = [self.heard[clip] for clip in batch["clips"]]
-        return net.adapter(data.pad_stack(hidden).to(mel.dtype), (lengths + 1) // 2)
+                clip = batch["clips"][i]
+                hidden[clip] = x[:n].half()
+                if len(self.heard) < HEARD:
+                    self.heard[clip] = hidden[clip].cpu()
+        rows = [hidden[clip].to(mel.device) for clip in batch["clips"]]
+        return net.adapter(data.pad_stack(rows).to(mel.dtype), (lengths + 1) // 2)
+
+    @torch.no_grad()
+    def reply(self, path: str, device: str) -> str:
+        """What the model answers, greedily, to the first record of a list."""
+        made = (data.attempt(self.make, r, 1, random.Random(0)) for r in data.records(path))
+        asked = next((s for s in made if isinstance(s, Sample)), None)
+        if asked is None:
+            return ""
+        ids = asked.ids[:next(i for i, part in enumerate(asked.part) if part >= 0)]
+        mels = [data.features(clip, self.cfg.encoder.n_mels, *at).to(device)
+                for clip, *at in asked.audio]
+        layout = "speech" if asked.kind == "tts" else "interleave" if "_stream" in asked.kind \
+            else "both" if asked.kind.startswith("s2s") else "text"
+        said = {"text": [], "speech": []}
+        for phase, token in self.module.generate(
+                ids, self.tok, mels, layout, "_think" in asked.kind,
+                dict.fromkeys(said, echat.Sampling()), max_tokens=200):
+            said[phase].append(token)
+        return f"{self.tok.decode(said['text'])} [{len(said['speech'])} codes]"
 
     def weight(self, batch: dict) -> int:
         """Target tokens, over which the loss is a mean: short and long samples weigh each alike."""
@@ -372,9 +433,11 @@ class Dialogue:
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
             else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
         attention = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~seen, -1e9).log_softmax(-1)
-        now, at = batch["query"][:, S - T:], batch["key"][:, None]  # (B, T), (B, 1, S)
-        loss = -(attention - (now[..., None] - at) ** 2 / 2).logsumexp(-1)[now > NEVER]
-        return loss.mean(), (loss.detach().sum(), len(loss))
+        now = batch["query"][:, S - T:, None]  # (B, T, 1)
+        away = ((now - batch["key"][:, None]) ** 2 / 2).masked_fill(~seen, math.inf)  # (B, T, S)
+        there = (now[..., 0] > NEVER) & (away.amin(-1) < 50)  # else its text is yet to come
+        loss = -(attention - away).logsumexp(-1)[there]
+        return loss.sum() / max(1, len(loss)), (loss.detach().sum(), len(loss))
 
     def ear(self, speech: Tensor, lengths: Tensor, batch: dict) -> tuple[Tensor, dict]:
         """What the adapter's output must tell by itself: the words by CTC, the labels by a linear
@@ -405,8 +468,8 @@ class Dialogue:
                 stats[name] = (loss.detach() * known.sum(), known.sum())
         return self.args.ear * extra, stats
 
-    def save(self, folder: str) -> None:
-        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith(("cues.", "letters."))}
+    def save(self, folder: str, state: dict) -> None:
+        kept = {k: v for k, v in state.items() if not k.startswith(("cues.", "letters."))}
         echat.save_weights(os.path.join(folder, "model.safetensors"), kept)
 
 
@@ -470,9 +533,9 @@ class S3:
                                      batch["text_lengths"])
         return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str, state: dict) -> None:
         """What encode() needs; the tail and the CTC head were only the teacher."""
-        kept = {k: v for k, v in self.module.state_dict().items()
+        kept = {k: v for k, v in state.items()
                 if not k.startswith(("tail.", "ln_post.", "head."))}
         echat.save_weights(os.path.join(folder, "tokenizer_s3.safetensors"), kept)
 
@@ -529,7 +592,7 @@ class Voice:
     def weight(self, batch: dict) -> int:
         return batch["wave"].shape[0]
 
-    def save(self, folder: str) -> None:
+    def save(self, folder: str, state: dict) -> None:
         echat.save_weights(os.path.join(folder, "token2wav.safetensors"),
                            fold_weights(self.whole.state_dict()))
 
@@ -610,12 +673,10 @@ KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}
 # The loop
 
 
-def load_if_there(module: nn.Module, folder: str | None, name: str) -> bool:
+def load_if_there(module: nn.Module, folder: str | None, name: str) -> None:
     path = os.path.join(folder or "", name)
     if folder and os.path.exists(path):
-        echat.fit(module, {k: v.float() for k, v in echat.read_weights(path).items()}, path)
-        return True
-    return False
+        echat.fit(module, echat.read_weights(path), path)
 
 
 def trainable(module: EChat, names: tuple[str, ...]) -> list[nn.Parameter]:
@@ -639,11 +700,38 @@ def learning_rate(step: int, args) -> float:
 
 
 def all_reduce(tensors: list[Tensor]) -> None:
-    """Sum over ranks in one message."""
+    """Sum over ranks, if there are several, in one message."""
+    if not dist.is_initialized():
+        return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
     for t, new in zip(tensors, flat.split([t.numel() for t in tensors])):
         t.copy_(new.view_as(t))
+
+
+def clip(gradients: list[Tensor], limit: float) -> float:
+    """Scale gradients, sharded or not, to a common norm of at most `limit` -> the norm before."""
+    kinds = [[g for g in gradients if isinstance(g, DTensor) == kind] for kind in (False, True)]
+    norms = [nn.utils.get_total_norm(kind) for kind in kinds if kind]
+    norm = math.hypot(*(float(n.full_tensor() if isinstance(n, DTensor) else n) for n in norms))
+    if math.isfinite(norm) and norm > limit:
+        for kind in filter(None, kinds):
+            torch._foreach_mul_(kind, limit / norm)
+    return norm
+
+
+def gathered(state: dict) -> dict:
+    """A nested state with all shards put together, on the CPU of rank 0."""
+    def whole(shard: DTensor) -> Tensor | None:
+        full = shard.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else None
+    return tree.tree_map_only(DTensor, whole, state)
+
+
+def add(sums: dict, stats: dict) -> None:
+    """name -> (value, count), summed up."""
+    for name, pair in stats.items():
+        sums[name] = tuple(map(sum, zip(pair, sums.get(name, (0, 0)))))
 
 
 def to(batch: dict, device: str) -> dict:
@@ -656,108 +744,142 @@ class Trainer:
 
     def __init__(self, args):
         self.args, self.stage = args, STAGES[args.stage]
-        self.rank, self.world, self.device = setup(args.device)
+        self.rank, self.world, self.device, self.patient = setup(args.device)
+        self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
-        cfg = self.config()
-        self.trainee = KINDS.get(args.stage, Dialogue)(args, cfg, self.stage)
-        self.cfg = cfg
+        known = args.init and os.path.exists(os.path.join(args.init, "config.json"))
+        self.cfg = echat.load_config(args.init) if known else echat.PRESETS[args.preset]()
+        self.trainee = KINDS.get(args.stage, Dialogue)(args, self.cfg, self.stage)
+        self.talks = isinstance(self.trainee, Dialogue)
+        if self.rank:  # the weights are the same on all ranks, the dropout is not
+            torch.manual_seed(args.seed + self.rank)
+        self.step, self.data_state, self.bad, self.best, self.lr = 0, None, 0, math.inf, 0.0
+        state = self.saved() if args.resume else None
+        if state:
+            self.trainee.module.load_state_dict(state["module"])
+        self.computed = nullcontext()
+        if args.shard:
+            self.shard()
         self.trainee.module.to(self.device)
         self.optimizers = {turn: torch.optim.AdamW(
             self.groups(p), args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
             fused=self.device != "mps") for turn, p in self.trainee.parameters.items()}
-        self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
+        if state:
+            self.restore(state)
+
+    def shard(self) -> None:
+        if not dist.is_initialized() or not self.talks:
+            raise BadInput("--shard is for the LLM's stages, run by torchrun")
+        if self.args.ear or self.args.guide:
+            raise BadInput("--ear and --guide are for small models, not for --shard")
+        if self.kind != "cpu":
+            self.computed = torch.autocast(self.kind, torch.bfloat16)
+        self.trainee.shard(self.kind)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
         """Parameter groups: what comes from Whisper may learn at a share of the rate, and what
-        the ear spells with at a multiple: before it can, nothing behind it learns much."""
+        the ear spells with at a multiple: before it can, nothing behind it learns much. AdamW
+        wants what may be sharded, the decoder, in groups of its own."""
         scales = {self.trainee.whisper: self.args.whisper_lr,
                   ("letters.", "adapter.convs.") if self.args.ear else (): 4.0}
-        groups = {}
-        names = {p: name for name, p in self.trainee.module.named_parameters()}
-        for p in parameters:
-            scale = next((v for k, v in scales.items() if names[p].startswith(k)), 1.0)
-            groups.setdefault(scale, []).append(p)
-        return [{"params": p, "scale": scale} for scale, p in groups.items()]
+        groups, mine = {}, set(parameters)
+        for name, p in self.trainee.module.named_parameters():
+            if p in mine:
+                scale = next((v for k, v in scales.items() if name.startswith(k)), 1.0)
+                groups.setdefault((scale, name.startswith("decoder.")), []).append(p)
+        return [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
 
-    def config(self) -> echat.Config:
-        args = self.args
-        if args.init and os.path.exists(os.path.join(args.init, "config.json")):
-            return echat.load_config(args.init)
-        return echat.PRESETS[args.preset]()
+    def collate(self, samples: list, seed: str) -> dict:
+        return self.trainee.collate(samples, seed) | {"size": sum(s.length for s in samples)}
 
     def loader(self, lists: list[str], seed: int, state=None):
         sources = []
         for item in lists:
             path, weight = weighted(item)
-            if not os.path.exists(path):
-                raise BadInput(f"{path}: no such list")
-            size = sum(1 for _ in open(path, "rb"))
-            sources.append(Source(path, weight * size, self.trainee.make,
+            sources.append(Source(path, weight * data.count(path), self.trainee.make,
                                   self.args.batch_tokens or self.stage.budget, seed))
-        mixture = Mixture(sources, self.trainee.collate, seed, self.rank, self.world, state)
+        mixture = Mixture(sources, self.collate, seed, self.rank, self.world, state)
         # A generator of its own: a loader made anew must not move on the model's random numbers.
-        return iter(torch.utils.data.DataLoader(
+        batches = iter(torch.utils.data.DataLoader(
             mixture, None, num_workers=self.args.workers, generator=torch.Generator(),
             multiprocessing_context="fork" if self.args.workers else None))
+        first = next(batches)
+        self.meet()
+        return itertools.chain([first], batches)
+
+    def meet(self) -> None:
+        """Wait for all ranks, long if need be: where one may be at its disk for minutes."""
+        if self.patient:
+            dist.barrier(self.patient)
 
     def run(self) -> None:
-        args, trainee = self.args, self.trainee
-        if args.resume:
-            self.restore()
+        args = self.args
         batches = self.loader(args.data, args.seed, self.data_state)
-        trainee.module.train()
+        self.trainee.module.train()
         begun = window = time.time()
-        waited, seen, sums = 0.0, 0, {}
-        while self.step < args.steps and time.time() - begun < args.minutes * 60:
+        waited, seen, work, sums = 0.0, 0, 0.0, {}
+        while self.step < args.steps and not self.late(time.time() - begun):
             start = time.time()
             micro = [next(batches) for _ in range(args.accum)]
             self.data_state = micro[-1][1]
             micro = [to(batch, self.device) for batch, _ in micro]
             waited += time.time() - start
             self.step += 1
-            if stats := self.update(micro):
-                for name, (value, count) in stats.items():
-                    old = sums.get(name, (0, 0))
-                    sums[name] = (old[0] + value, old[1] + count)
-            seen += sum(b[k].numel() for b in micro for k in ("ids", "wave", "mel")
-                        if k in b and (k != "mel" or "ids" not in b))
+            add(sums, self.update(micro) or {})
+            seen += sum(batch["size"] for batch in micro)
+            if self.talks:
+                work += sum(map(self.trainee.flops, micro))
             if self.step % args.log_every == 0:
-                line = {"step": self.step, "lr": self.lr, "rate": seen / (time.time() - window),
-                        "wait": waited / (time.time() - window),
-                        "minutes": (time.time() - begun) / 60}
-                self.log(line | self.means(sums))
-                window, waited, seen, sums = time.time(), 0.0, 0, {}
+                took = time.time() - window
+                line = {"step": self.step, "lr": self.lr, "rate": seen * self.world / took,
+                        "wait": waited / took, "minutes": (time.time() - begun) / 60}
+                self.log(line | self.hardware(work / took) | self.means(sums))
+                window, waited, seen, work, sums = time.time(), 0.0, 0, 0.0, {}
             if args.valid and self.step % args.valid_every == 0:
-                self.log({"step": self.step} | self.validate())
+                self.validate()
             if self.step % args.save_every == 0:
-                self.save()
+                self.save(f"step-{self.step}" if args.keep else None)
         self.save()
+
+    def late(self, seconds: float) -> bool:
+        """Whether --minutes are over for any rank: all must stop at the same step."""
+        late = torch.tensor(float(seconds >= self.args.minutes * 60), device=self.device)
+        all_reduce([late])
+        return bool(late)
+
+    def hardware(self, flops: float) -> dict:
+        """The most GB of memory so far, MFU if the device's peak is known, rejected records."""
+        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
+        if self.kind != "cpu":
+            device = torch.get_device_module(self.kind)
+            used, name = device.max_memory_allocated(), device.get_device_name()
+        line = {"gb": used / 1e9}
+        line |= {"mfu": flops / peak for chip, peak in PEAK.items() if chip in name and flops}
+        rejected = sum((Counter(s["rejected"]) for s in self.data_state["sources"]), Counter())
+        return line | ({"rejected": dict(rejected)} if rejected else {})
 
     def update(self, micro: list[dict]) -> dict | None:
         """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
-        self.trainee.step = self.step
-        total = torch.tensor([float(sum(self.trainee.weight(b) for b in micro))],
-                             device=self.device)
-        if self.world > 1:
-            dist.all_reduce(total)
+        trainee = self.trainee
+        trainee.step, out = self.step, {}
+        total = torch.tensor(float(sum(map(trainee.weight, micro))), device=self.device)
+        all_reduce([total])
         self.lr = learning_rate(self.step, self.args)
-        out = {}
-        for turn in self.trainee.turns:
-            optimizer, parameters = self.optimizers[turn], self.trainee.parameters[turn]
+        for turn in trainee.turns:
+            optimizer, parameters = self.optimizers[turn], trainee.parameters[turn]
             for p in parameters:  # never None: what a batch leaves out steps alike, resumed or not
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-            finite = True
+            broken = torch.zeros((), device=self.device)
             for batch in micro:
-                loss, stats = self.trainee.loss(turn, batch)
-                (loss * (self.trainee.weight(batch) / total.item())).backward()
-                finite = finite and bool(torch.isfinite(loss))
-                for name, (value, count) in stats.items():
-                    old = out.get(name, (0, 0))
-                    out[name] = (old[0] + value, old[1] + count)
-            if self.world > 1:
-                all_reduce([p.grad for p in parameters])
-            norm = nn.utils.clip_grad_norm_(parameters, self.args.clip)
-            if not finite or not bool(torch.isfinite(norm)):
+                with self.computed:
+                    loss, stats = trainee.loss(turn, batch)
+                (loss * (trainee.weight(batch) / total.item())).backward()
+                broken += ~torch.isfinite(loss.detach())
+                add(out, stats)
+            gradients = [p.grad for p in parameters]
+            all_reduce([broken, *(g for g in gradients if not isinstance(g, DTensor))])
+            norm = clip(gradients, self.args.clip)
+            if broken or not math.isfinite(norm):
                 self.bad += 1
                 if self.bad >= 10:
                     raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
@@ -769,24 +891,34 @@ class Trainer:
         return out
 
     @torch.no_grad()
-    def validate(self) -> dict:
-        """Mean loss parts over the first batches of the held-out lists."""
-        module, sums = self.trainee.module.eval(), {}
+    def validate(self) -> None:
+        """Mean loss and its parts over the first batches of the held-out lists, and a sample reply;
+        the best so far is kept."""
+        trainee, sums = self.trainee, {}
+        trainee.module.eval()
         batches = self.loader(self.args.valid, 1)
-        for _ in range(self.args.valid_batches):
-            batch = to(next(batches)[0], self.device)
-            for name, (value, count) in self.trainee.loss(self.trainee.turns[-1], batch)[1].items():
-                old = sums.get(name, (0, 0))
-                sums[name] = (old[0] + value, old[1] + count)
-        module.train()
-        return {f"valid_{k}": v for k, v in self.means(sums).items()}
+        with self.computed:
+            for _ in range(self.args.valid_batches):
+                batch = to(next(batches)[0], self.device)
+                loss, stats = trainee.loss(trainee.turns[-1], batch)
+                add(sums, stats | {"loss": (loss * trainee.weight(batch), trainee.weight(batch))})
+            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0], self.device)} \
+                if self.talks else {}
+        trainee.module.train()
+        found = {f"valid_{k}": v for k, v in self.means(sums).items()}
+        self.log({"step": self.step} | found | reply)
+        if found.get("valid_loss", math.inf) < self.best:
+            self.best = found["valid_loss"]
+            self.save("best")
 
     def means(self, sums: dict) -> dict[str, float]:
         """name -> (sum, count) of this rank to name -> mean over all ranks."""
-        pairs = [torch.tensor([float(v), float(n)], device=self.device) for v, n in sums.values()]
-        if self.world > 1 and pairs:
-            all_reduce(pairs)
-        return {k: float(v / n) for k, (v, n) in zip(sums, pairs) if n > 0}
+        every, total = [{k: (float(v), float(n)) for k, (v, n) in sums.items()}] * self.world, {}
+        if self.world > 1:  # not every rank has met every part
+            dist.all_gather_object(every, every[0])
+        for one in every:
+            add(total, one)
+        return {k: v / n for k, (v, n) in total.items() if n > 0}
 
     def log(self, line: dict) -> None:
         if self.rank:
@@ -797,52 +929,96 @@ class Trainer:
         with open(os.path.join(self.args.out, "log.jsonl"), "a", encoding="utf-8") as f:
             f.write(json.dumps({"stage": self.args.stage} | line) + "\n")
 
-    def save(self) -> None:
-        """The run's folder is a checkpoint folder: what a stage does not train is carried over."""
-        if self.rank:
-            return
-        out, init = self.args.out, self.args.init
-        os.makedirs(out, exist_ok=True)
-        for name in CARRIED:
-            if init and os.path.exists(os.path.join(init, name)) \
-                    and not os.path.exists(os.path.join(out, name)):
-                shutil.copy(os.path.join(init, name), os.path.join(out, name))
-        echat.save_config(out, self.cfg)
-        self.trainee.save(out)
-        state = {"step": self.step, "data": self.data_state, "rng": torch.get_rng_state(),
-                 "module": self.trainee.module.state_dict(),
-                 "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}}
-        torch.save(state, os.path.join(out, "state.pt.tmp"))
-        os.replace(os.path.join(out, "state.pt.tmp"), os.path.join(out, "state.pt"))
+    def chance(self) -> list:
+        """What holds the states of random numbers: the CPU's, and the device's."""
+        return [torch] + ([torch.get_device_module(self.kind)] if self.kind != "cpu" else [])
 
-    def restore(self) -> None:
+    def save(self, also: str | None = None) -> None:
+        """The run's folder is a checkpoint folder: what a stage does not train is carried over.
+        `also`: a name to keep it under."""
+        rng = [[source.get_rng_state() for source in self.chance()]] * self.world
+        if self.world > 1:
+            dist.all_gather_object(rng, rng[0])
+        state = gathered({
+            "step": self.step, "data": self.data_state, "rng": rng, "best": self.best,
+            "module": self.trainee.module.state_dict(),
+            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}})
+        if self.rank == 0:
+            out, init = self.args.out, self.args.init
+            os.makedirs(out, exist_ok=True)
+            for name in CARRIED:
+                if init and os.path.exists(os.path.join(init, name)) \
+                        and not os.path.exists(os.path.join(out, name)):
+                    shutil.copy(os.path.join(init, name), os.path.join(out, name))
+            echat.save_config(out, self.cfg)
+            self.trainee.save(out, state["module"])
+            torch.save(state, os.path.join(out, "state.pt.tmp"))
+            os.replace(os.path.join(out, "state.pt.tmp"), os.path.join(out, "state.pt"))
+            if also:
+                self.keep(also)
+        self.meet()
+
+    def keep(self, name: str) -> None:
+        """The run's folder as it is, once more by hard links: they take no room until it changes.
+        Of the numbered ones the latest --keep."""
+        out = Path(self.args.out)
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir()
+        for file in out.iterdir():
+            if file.is_file() and file.name != "log.jsonl":
+                os.link(file, out / name / file.name)
+        steps = sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))
+        for old in steps[:-self.args.keep or None]:
+            shutil.rmtree(old)
+
+    def saved(self) -> dict:
         path = os.path.join(self.args.out, "state.pt")
         try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except (OSError, RuntimeError, ValueError) as e:
+            state = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            return state | {"best": state["best"]}
+        except (OSError, RuntimeError, ValueError, KeyError) as e:
             raise BadInput(f"{path}: cannot resume ({e})") from None
-        self.step, self.data_state = state["step"], state["data"]
-        self.trainee.module.load_state_dict(state["module"])
-        for turn, saved in state["optimizers"].items():
-            self.optimizers[turn].load_state_dict(saved)
-        torch.set_rng_state(state["rng"])
+
+    def restore(self, state: dict) -> None:
+        """All but the weights, which were there before they were sharded."""
+        self.step, self.data_state, self.best = state["step"], state["data"], state["best"]
+        for turn, optimizer in self.optimizers.items():
+            saved = state["optimizers"][turn]
+            owners = [p for group in optimizer.param_groups for p in group["params"]]
+            for index, p in enumerate(owners):
+                if isinstance(p, DTensor):
+                    saved["state"][index] = {
+                        k: distribute_tensor(v.to(self.device), p.device_mesh, p.placements,
+                                             src_data_rank=None) if v.dim() else v
+                        for k, v in saved["state"].get(index, {}).items()}
+            optimizer.load_state_dict(saved)
+        if self.rank < len(state["rng"]):  # a rank more than then begins with its own
+            for source, rng in zip(self.chance(), state["rng"][self.rank]):
+                source.set_rng_state(rng)
 
 
+# FLOP/s of a device in bf16, without sparsity, by its data sheet
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+        "L40S": 362e12, "4090": 165e12, "910B": 376e12}
 CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
            "tokenizer_s3.safetensors", "voice.safetensors")
 
 
-def setup(device: str) -> tuple[int, int, str]:
-    """rank, world size, device; starts the process group under torchrun."""
+def setup(device: str) -> tuple:
+    """rank, world size, device, a group for long waits; starts the process groups of torchrun. A
+    rank that is silent for 45 s ends the run on all."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else \
             "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
     if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group({"cuda": "nccl", "npu": "hccl"}.get(device, "gloo"))
+        return 0, 1, device, None
+    backend = {"cuda": "nccl", "npu": "hccl"}.get(device, "gloo")
     if device != "cpu":
         device = f"{device}:{os.environ['LOCAL_RANK']}"
-    return dist.get_rank(), dist.get_world_size(), device
+        torch.get_device_module(device).set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(seconds=45))
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))
+    return dist.get_rank(), dist.get_world_size(), device, patient
 
 
 def show(trainer: Trainer, count: int) -> None:
@@ -853,7 +1029,7 @@ def show(trainer: Trainer, count: int) -> None:
     for item in trainer.args.data:
         rng = random.Random(trainer.args.seed)
         for _, record in zip(range(count), data.records(weighted(item)[0])):
-            sample = trainer.trainee.make(record, 1, rng)
+            sample = data.attempt(trainer.trainee.make, record, 1, rng)
             if isinstance(sample, str):
                 print(f"rejected: {sample}")
                 continue
@@ -861,6 +1037,9 @@ def show(trainer: Trainer, count: int) -> None:
                 word = "~" if i == AUDIO else f"[{i - V}]" if i >= V else tok.decode([i])
                 print(f"{colours[p if t != -100 else -1]}{word if a else '<&&>'}", end="")
             print("\033[0m\n")
+
+
+LOST = "(?i)connection|timed out|timeout|aborted|remote process"  # in a collective's error
 
 
 def main() -> None:
@@ -902,6 +1081,9 @@ def main() -> None:
     p.add_argument("--valid-batches", type=int, default=10)
     p.add_argument("--log-every", type=int, default=20)
     p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--keep", type=int, default=0, help="also the latest N of these, as step-N")
+    p.add_argument("--shard", action="store_true",
+                   help="FSDP2 with activation checkpointing, bf16 on a GPU: for the paper preset")
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=777)
     p.add_argument("--device", default="auto")
@@ -913,13 +1095,14 @@ def main() -> None:
         show(trainer, args.show) if args.show else trainer.run()
     except (BadInput, echat.BadCheckpoint) as e:
         # from a worker process it comes with the traceback of that one
-        message = str(e).strip().splitlines()[-1].removeprefix("data.BadInput: ")
-        sys.exit(f"train.py: {message}") if "RANK" in os.environ else fail(message)
-
-
-def fail(message: str) -> None:
-    print(f"train.py: {message}", file=sys.stderr)
-    sys.exit(2)
+        print("train.py:", str(e).strip().splitlines()[-1].removeprefix("data.BadInput: "),
+              file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as e:
+        if "RANK" not in os.environ or not re.search(LOST, str(e)):
+            raise
+        sys.exit(f"train.py: rank {os.environ['RANK']} stops, another one is gone or has been "
+                 f"silent for 45 s ({str(e).strip().splitlines()[0][:150]})")
 
 
 if __name__ == "__main__":

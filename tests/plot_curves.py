@@ -10,7 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SKIP = {"step", "stage", "lr", "rate", "wait", "minutes", "used", "perplexity", "commit"}
+SKIP = {"step", "stage", "lr", "rate", "wait", "minutes", "used", "perplexity", "commit", "gb", "mfu",
+        "rejected", "reply"}
 
 
 def main(runs: list[str], out: str) -> None:

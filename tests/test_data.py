@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import random
 import sys
+import tarfile
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ from conftest import copy_of, tone, write_list
 import data
 from data import PATTERN, BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
 from encoder import SpeechTokenizer, TokenizerConfig
-from model import load_s3, read_weights, save_weights
+from model import load_echat, load_s3, prompt, read_weights, save_weights, user_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = [
@@ -237,7 +239,7 @@ def test_records(tmp_path):
     assert second["extra"]["history"][0]["wav"] == str(tmp_path / "w/0.wav")
 
 
-@pytest.mark.parametrize("line", ["{", '{"txt": "no task"}', "[1]", "3", "null", '"task txt"'])
+@pytest.mark.parametrize("line", ["{", "[1]", "3", "null", '"task txt"', "a.tar.gz"])
 def test_a_bad_line_is_named_by_its_number(tmp_path, line):
     path = write_list(tmp_path / "l.jsonl", [{"txt": "", "task": ""}] * 2)
     with open(path, "a") as f:
@@ -251,6 +253,89 @@ def test_unreadable_lists(tmp_path):
     for path, words in ((tmp_path / "l.jsonl", "not UTF-8"), (tmp_path / "no", "No such file")):
         with pytest.raises(BadInput, match=words):
             list(data.records(str(path)))
+
+
+@pytest.fixture
+def dialogues(tmp_path, wav):
+    """A raw list of everything that a shard has to carry."""
+    return write_list(tmp_path / "raw.jsonl", [
+        {"key": "a.1", "txt": "hello", "task": "<TRANSCRIBE>", "wav": wav(0.3)},
+        {"key": "b", "txt": "h\u00e9", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(1.0),
+         "start": 0.25, "end": 0.75, "extra": {
+             "age": "<OLD>", "reply_wav": wav(0.5), "speech_token": [1, 2], "history": [
+                 {"wav": wav(0.3, 100), "txt": "one", "speech_token": [3]},
+                 {"wav": wav(0.5), "txt": "two"}]}},
+        {"key": "c", "txt": "hi", "task": "<TEXT2TEXT>", "extra": {"question": "hello"}},
+        {"key": "d", "txt": "gone", "task": "<TRANSCRIBE>", "wav": "gone.wav"},
+        {"key": "e", "txt": "no task"}])
+
+
+def pcm(turn):
+    return read_wave(turn["wav"], start=turn.get("start", 0.0), end=turn.get("end"))
+
+
+def test_shards_hold_what_the_raw_list_says(tmp_path, dialogues, monkeypatch, capsys):
+    command(monkeypatch, "shards", dialogues, "--out", tmp_path / "s", "--size", 2)
+    assert json.loads(capsys.readouterr().out) == {"written": 3, "no such file": 1, "no task": 1}
+    listed = tmp_path / "s" / "shards_list.txt"
+    assert listed.read_text().split() == [f"shard_0000{i}.tar" for i in range(3)]
+    assert tarfile.open(tmp_path / "s/shard_00000.tar").getnames() == [
+        "a.1.task", "a.1.txt", "a.1.wav", "a.1.extra", "b.task", "b.txt", "b.wav", "b.txt_1",
+        "b.wav_1", "b.txt_2", "b.wav_2", "b.extra"]
+    raw, got = list(data.records(dialogues))[:3], list(data.records(str(listed)))
+    assert [(r["key"], r["txt"], r["task"]) for r in raw] == [
+        (r["key"], r["txt"], r["task"]) for r in got]
+    for a, b in zip(raw[:2], got):
+        assert torch.equal(pcm(a), pcm(b)) and "start" not in b
+        assert data.frames_of(b["wav"]) == len(data.features(b["wav"], 80))
+    assert os.path.samefile(got[1]["extra"]["reply_wav"], raw[1]["extra"]["reply_wav"])
+    for a, b in zip(raw[1]["extra"].pop("history"), got[1]["extra"].pop("history"), strict=True):
+        assert a["txt"] == b["txt"] and torch.equal(pcm(a), pcm(b))
+        assert b["speech_token"] == a.get("speech_token", [])
+    del raw[1]["extra"]["reply_wav"], got[1]["extra"]["reply_wav"]
+    assert [r["extra"] for r in raw] == [r["extra"] for r in got]
+    assert data.count(str(listed)) == 6  # three shards, as long as the first
+    assert len(list(data.records(str(tmp_path / "s/shard_00000.tar"), skip=1))) == 1
+
+
+def test_combine_lists_take_the_words_of_the_jsonl(tmp_path, dialogues, monkeypatch):
+    command(monkeypatch, "shards", dialogues, "--out", tmp_path)
+    labels = write_list(tmp_path / "labels.jsonl", [
+        {"key": "a.1", "txt": "new", "task": "<AGE>", "wav": "elsewhere.wav", "extra": {"age": 1}},
+        {"key": "b", "txt": "as in fake_data, without a task"}])
+    combine = tmp_path / "combine.txt"
+    combine.write_text(f"labels.jsonl|shard_00000.tar\n-|{tmp_path}/shard_00000.tar\ngone.tar\n")
+    got = list(data.records(str(combine)))
+    own = list(data.records(str(tmp_path / "shard_00000.tar")))
+    assert got[0] == {"key": "a.1", "txt": "new", "task": "<AGE>", "extra": {"age": 1},
+                      "wav": own[0]["wav"]}
+    assert [r.get("bad") for r in got] == [None, "no task", "not in the jsonl", None, None, None,
+                                           "no such shard"]
+    assert got[3:6] == own and labels  # "-": the tar's own words
+    monkeypatch.chdir(tmp_path)  # released lists are relative to where one is
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf/list.txt").write_text("shard_00000.tar\n")
+    assert len(list(data.records("conf/list.txt"))) == 3
+
+
+def test_damaged_shards_are_rejects(tmp_path, dialogues, monkeypatch):
+    command(monkeypatch, "shards", dialogues, "--out", tmp_path)
+    whole = (tmp_path / "shard_00000.tar").read_bytes()
+    at = whole.index(b"a.1.extra") + 512
+    (tmp_path / "shard_00000.tar").write_bytes(whole[:at] + b"3 " + whole[at + 2:])
+    (tmp_path / "cut.tar").write_bytes(whole[:3000])
+    (tmp_path / "list.txt").write_text("shard_00000.tar\ncut.tar\n")
+    one = Source(str(tmp_path / "list.txt"), 1, lambda r, *_: sample(1, r["key"]), 9, 0)
+    assert [s.name for s in next(one.batches())] == ["b", "c"]
+    assert one.state["rejected"] == {"extra is not JSON": 1, "damaged shard": 1}
+
+
+def test_a_long_list_is_counted_by_parts_of_it(tmp_path):
+    with open(tmp_path / "l", "w") as f:
+        f.writelines(" " * (i % 200) + "\n" for i in range(1_000_000))  # 100 MB
+    assert abs(data.count(str(tmp_path / "l")) / 1e6 - 1) < 0.02
+    short = write_list(tmp_path / "s", [{"a": i} for i in range(1000)])
+    assert data.count(short) == 1000
 
 
 def sample(length, name=None, kind="tts"):
@@ -278,7 +363,7 @@ def make(record, epoch, rng):
 
 
 def source(folder, name, n=23, weight=1.0, window=10):
-    path = write_list(folder / name, [{"txt": name, "task": "", "n": i} for i in range(n)])
+    path = write_list(folder / name, [{"txt": name, "task": "t", "n": i} for i in range(n)])
     return Source(path, weight, make, 12, 5, window)
 
 
@@ -299,7 +384,7 @@ def test_an_epoch_has_every_record_once_and_counts_the_rest(tmp_path):
         names += [s.name for s in batch]
     want = [f"a{i} {epoch}" for epoch in range(3) for i in range(23) if i % 10 != 7]
     assert sorted(names) == sorted(want) and names != want
-    assert one.rejected["a seven"] >= 6  # records 7 and 17, three times
+    assert one.state["rejected"]["a seven"] >= 6  # records 7 and 17, three times
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_one_others(tmp_path):
@@ -352,7 +437,7 @@ def test_workers_do_not_change_the_order(tmp_path):
 
 def test_a_list_of_nothing_is_an_error(tmp_path):
     for n in (0, 1):
-        path = write_list(tmp_path / "l", [{"txt": "a", "task": "", "n": 7}] * n)
+        path = write_list(tmp_path / "l", [{"txt": "a", "task": "t", "n": 7}] * n)
         with pytest.raises(BadInput, match="no usable record"):
             next(Source(path, 1, make, 12, 0).batches())
 
@@ -365,7 +450,7 @@ def test_an_unreadable_file_is_a_reject(tmp_path):
     one = source(tmp_path, "a", 6)
     one.make = picky
     assert sorted(s.name for s in next(one.batches())) == [3, 4, 5]
-    assert one.rejected == {"unreadable audio": 3}
+    assert one.state["rejected"] == {"no such file": 3}
 
 
 # ---- commands ----------------------------------------------------------------------------------
@@ -407,6 +492,46 @@ def test_voice(tmp_path, wav, checkpoint, monkeypatch):
     wave, _ = (speaker := model.load_token2wav(str(checkpoint), str(out))).stream(
         [1, 2, 3], speaker.start(), final=True)
     assert wave.shape == (3 * 960,)
+
+
+def test_pseudo_labels(tmp_path, wav, checkpoint, monkeypatch, capsys):
+    """What is known stays; what is not is what the model writes when asked for it alone."""
+    rows = [{"txt": "hello<OLD>", "task": "<TRANSCRIBE> <AGE>", "wav": wav(0.5)},
+            {"txt": "<SORRY>hi", "task": "<S2TCHAT>", "wav": wav(1.0), "start": 0.2, "end": 0.8,
+             "extra": {"age": "<CHILD>", "gender": None, "emotion": "<SORRY>"}},
+            {"txt": "<SAD>", "task": "<EMOTION>", "wav": wav(0.4, 300)},
+            {"txt": "hi", "task": "<TEXT2TEXT>", "extra": {"question": "hello"}},
+            {"txt": "hi", "task": "<TRANSCRIBE>", "wav": "gone.wav"}]
+    path, out = write_list(tmp_path / "l.jsonl", rows), tmp_path / "new" / "out.jsonl"
+    out.parent.mkdir()
+
+    def run(threshold):
+        command(monkeypatch, "pseudo-label", path, "--model", checkpoint, "--out", out,
+                "--threshold", threshold)
+        return json.loads(capsys.readouterr().out), list(data.records(str(out)))
+    counts, (asr, chat, only, text) = run(0)
+    assert counts == {"age kept": 1, "gender kept": 3, "emotion kept": 2, "event kept": 3,
+                      "written": 4, "no such file": 1}
+    model, tok = load_echat(str(checkpoint)), Tokenizer(str(checkpoint))
+    mel = data.features(wav(0.5), 80)
+    sure = asr["extra"]["confidence"]
+    assert list(sure) == ["gender", "emotion", "event"]
+    for name in sure:  # by the slow way: the probability of each answer, one forward each
+        ask = prompt("understand", tok, model.cfg.decoder, 7, user_prompt([name]))
+        ends = [[*tok.encode(f"<{v}>"), tok.im_end] for v in data.LABELS[name]]
+        each = torch.stack([-model(torch.tensor([ask + end]), mel[None], torch.tensor([len(mel)]),
+                                   targets=torch.tensor([[-100] * len(ask) + end]))[1].sum()
+                            for end in ends]).softmax(0)
+        assert sure[name] == pytest.approx(each.max().item(), abs=1e-3)
+        assert f"<{data.LABELS[name][each.argmax()]}>" in asr["txt"]
+    assert asr["txt"].startswith("hello<OLD><") and os.path.samefile(asr["wav"], wav(0.5))
+    assert asr["task"] == "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>"
+    assert chat["txt"] == "<SORRY>hi" and chat["extra"]["age"] == "<CHILD>"
+    assert chat["extra"]["q_emotion"][1:-1] in data.LABELS["emotion"] and chat["start"] == 0.2
+    assert only["task"] == "<AGE> <GENDER> <EMOTION> <EVENT>" and "<SAD>" in only["txt"]
+    assert text == rows[3]
+    _, (asr, chat, *_) = run(1.1)  # sure of nothing: unknown, to be left out of the loss
+    assert asr["txt"] == "hello<OLD><&&><&&><&&>" and chat["extra"]["gender"] == "<&&>"
 
 
 def fake_onnxruntime(monkeypatch, seen: list):
@@ -474,21 +599,27 @@ def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):
 
 def test_check(tmp_path, wav, monkeypatch, capsys):
     path = write_list(tmp_path / "l.jsonl", [
-        {"txt": "a", "task": "<TRANSCRIBE>", "wav": wav(0.5), "extra": {"age": "<OLD>"}},
-        {"txt": " ", "task": "<TRANSCRIBE>", "wav": "none.wav"},
-        {"txt": "a", "task": "<TRANSCRIBE>"}, {"txt": "a", "task": "<TEXT2TEXT>"}])
+        {"txt": "a<OLD><&&>", "task": "<TRANSCRIBE> <AGE> <EMOTION>", "wav": wav(0.5)},
+        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(0.5), "extra": {"q_emotion": "<SAD>"}},
+        {"txt": "a", "task": "<TRANSCRIBE>", "wav": "none.wav"},
+        {"txt": "a", "task": "<TRANSCRIBE>"}, {"txt": " ", "task": "<TEXT2TEXT>"}])
     command(monkeypatch, "check", path)
     found = json.loads(capsys.readouterr().out.removeprefix(path))
-    assert found["records"] == 4 and found["tasks"] == {"<TRANSCRIBE>": 3, "<TEXT2TEXT>": 1}
-    assert found["problems"] == {"no text": 1, "unreadable wav": 1, "no wav": 1}
-    assert found["labels"] == {"age <OLD>": 1}
+    assert found["records"] == 5 and found["hours"] == 0 and found["tasks"] == {
+        "<TRANSCRIBE>": 2, "<TEXT2TEXT>": 1, "<S2TCHAT>": 1, "<TRANSCRIBE> <AGE> <EMOTION>": 1}
+    assert found["problems"] == {"no txt": 1, "no such file": 1, "no wav": 1}
+    assert found["labels"] == {"age OLD": 1, "emotion SAD": 1}
 
 
 def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, capsys):
     path = write_list(tmp_path / "l.jsonl", [{"txt": "a", "task": "<TEXT2TOKEN>", "wav": "no.wav"}])
     broken = copy_of(checkpoint, tmp_path / "c")
     (broken / "tokenizer_s3.safetensors").write_bytes(b"")
+    shards = tmp_path / "shards.txt"
+    shards.write_text("gone.tar\n")
     for words in (["tokens", path, "--model", checkpoint], ["tokens", path, "--model", broken],
+                  ["tokens", shards, "--model", checkpoint], ["shards", "no", "--out", tmp_path],
+                  ["pseudo-label", path, "--model", tmp_path, "--out", tmp_path / "n"],
                   ["tokens", tmp_path / "none", "--model", checkpoint], ["check", tmp_path / "no"],
                   ["voice", tmp_path / "no.wav", "--model", checkpoint, "--out", tmp_path / "v"],
                   ["tokenizer", "--text", tmp_path / "no", "--out", tmp_path]):

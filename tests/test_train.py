@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import socket
 import sys
 from collections import Counter
@@ -18,7 +19,8 @@ from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 import train
 from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, save_weights,
                    think_length, user_prompt)
-from train import PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, sequence
+from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate,
+                   said_at, sequence, tagless)
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -240,7 +242,7 @@ def test_history_is_read_but_not_trained(tok, wav):
 
 
 @pytest.mark.parametrize("change, reason", [
-    ({"wav": None}, "no wav"), ({"wav": "none.wav"}, "no wav"), ({"end": 0.15}, "shorter than 0.2"),
+    ({"wav": None}, "no wav"), ({"end": 0.15}, "shorter than 0.2"),
     ({"extra": {}}, "no speech_token"), ({"extra": {"speech_token": [CODES]}}, "out of range"),
     ({"task": "<TEXT2TEXT>", "extra": {}}, "no question")])
 def test_rejects_have_a_reason(tok, wav, change, reason):
@@ -372,7 +374,7 @@ def spoken(tmp_path, wav, checkpoint):
     other = read_weights(str(checkpoint / "voice.safetensors"))
     other |= {"spk": -other["spk"], "prompt_codes": other["prompt_codes"].flip(1)}
     save_weights(str(tmp_path / "other.safetensors"), other)
-    rows = [{"txt": "", "task": "<TEXT2TOKEN>", "wav": wav(1.5, p, 24000), "extra": {
+    rows = [{"txt": "hello", "task": "<TEXT2TOKEN>", "wav": wav(1.5, p, 24000), "extra": {
         "speech_token": some_codes(37, p), "voice": voice}}
         for p, voice in ((200, ""), (300, str(tmp_path / "other.safetensors")))]
     return write_list(tmp_path / "spoken.jsonl", rows), other["spk"]
@@ -421,7 +423,7 @@ def test_a_flow_needs_a_voice_and_its_own_codes(run, lists, wav, checkpoint, tmp
     mute = copy_of(checkpoint, tmp_path / "mute")
     (mute / "voice.safetensors").unlink()
     other = write_list(tmp_path / "other.jsonl", [{
-        "txt": "", "task": "<TEXT2TOKEN>", "wav": wav(1.0, 200, 24000), "extra": {
+        "txt": "hello", "task": "<TEXT2TOKEN>", "wav": wav(1.0, 200, 24000), "extra": {
             "speech_token": [CODES] * 25}}])
     for init, path, words in ((mute, lists["tts"], "voice.safetensors"),
                               (checkpoint, other, "{'a code outside the codebook': 1}")):
@@ -484,6 +486,65 @@ def test_speech_rows_and_head_train_in_stage_two(run, lists, checkpoint):
         assert not torch.equal(now["decoder." + name], was["decoder." + name])
 
 
+# ---- what is not in the paper: --ear and --guide, and the cache of a frozen encoder ------------
+
+def test_the_ear_learns_words_and_labels(run, lists, checkpoint):
+    trainer = run("align", [lists["asrp"]], steps=30, ear=2.0, ear_first=20, lr=0.03, warmup=5)
+    lines = log(trainer)
+    assert all({"ctc", "letters", "cue_emotion"} <= line.keys() for line in lines)
+    assert [("asr" in line, "p" in line) for line in lines] == [(i >= 20,) * 2 for i in range(30)]
+    for name in ("ctc", "letters", "cue_emotion"):
+        assert lines[19][name] < 0.8 * lines[0][name]
+    saved = read_weights(os.path.join(trainer.args.out, "model.safetensors"))
+    assert saved.keys() == read_weights(str(checkpoint / "model.safetensors")).keys()
+    with torch.no_grad():  # the losses add up, the ear's by its weight
+        record = next(train.data.records(lists["asrp"]))
+        batch = trainer.trainee.collate([made(record, trainer.trainee.tok)], "")
+        trainer.trainee.module.eval()
+        loss, stats = trainer.trainee.loss("model", batch)
+    asr, p, *ear = (float(stats[k][0]) for k in ("asr", "p", "ctc", "letters", "cue_emotion"))
+    want = (asr + p) / trainer.trainee.weight(batch) + 2 * sum(ear)
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+def test_unknown_labels_are_no_cue(tok, wav):
+    got = made({"task": "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>", "wav": wav(0.5),
+                "txt": "the user<OLD><&&><SAD><&&>"}, tok)
+    assert got.cues == [2, -100, 1, -100] and counts(got)["asr"] == 2
+
+
+@pytest.mark.parametrize("stage", ["tts", "empathy"])
+def test_the_guided_head_learns_where_to_look(run, lists, stage):
+    lines = log(run(stage, of(lists, stage), steps=30, guide=3.0, lr=0.01, batch_tokens=10000))
+    # (interleaved, the first 6 tokens may all be a tag: then the first codes have nowhere to look)
+    assert lines[-1]["guide"] < 0.9 * lines[0]["guide"] < 9
+
+
+def test_when_what_is_said(tok):
+    ids = tok.encode("<SAD>the user, said")
+    times = said_at(ids, tok, 4.0, *tagless("<SAD>the user, said"))
+    first = next(i for i, t in enumerate(times) if t > NEVER)
+    assert tok.decode(ids[:first]) == "<SAD>" and times[first:] == sorted(times[first:])
+    comma = next(i for i in range(len(ids)) if tok.decode(ids[i:i + 1]) == ",")
+    # 14 characters and a mark worth 3 in 4 s: 8 before it, 5 after
+    assert times[comma] == pytest.approx((8 + 1.5) / 16 * 4) and 0 < times[first] < times[-1] < 4
+
+
+def test_a_frozen_encoder_hears_a_clip_once_as_far_as_memory_goes(run, lists, monkeypatch):
+    heard, encode = [], train.echat.Encoder.forward
+    monkeypatch.setattr(train.echat.Encoder, "forward",
+                        lambda self, mel, n: heard.append(len(mel)) or encode(self, mel, n))
+    runs = {}
+    for room, times in ((20000, 2), (1, 1 + 6), (0, 12)):  # two clips, six steps
+        monkeypatch.setattr(train, "HEARD", room)
+        heard.clear()
+        runs[room] = run("align", lists["align"], f"r{room}", steps=6, batch_tokens=10000)
+        assert sum(heard) == times and len(runs[room].trainee.heard) == min(room, 2)
+    losses = [[line["asr"] for line in log(r)] for r in runs.values()]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3) == losses[2]
+    assert not run("understand", lists["understand"]).trainee.heard
+
+
 # ---- the loop ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
@@ -505,7 +566,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
     assert a == b
 
     def losses(trainer):
-        return [{k: v for k, v in line.items() if k not in ("rate", "wait", "minutes")}
+        return [{k: v for k, v in line.items() if k not in ("rate", "wait", "minutes", "gb")}
                 for line in log(trainer)]
     assert losses(whole) == losses(parts)
 
@@ -516,43 +577,119 @@ def test_a_worker_process_changes_nothing(run, lists):
                          for t in (a, b)))
 
 
-def as_rank(rank, port, words):
+def as_rank(rank, port, words, dies_at):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sys.argv = words
+    sys.stderr = open(words[words.index("--out") + 1] + f".{rank}", "w", buffering=1)
+    if rank:
+        loss = Dialogue.loss
+        Dialogue.loss = lambda self, turn, batch: loss(self, turn, batch) if self.step != dies_at \
+            else os._exit(9)
     train.main()
 
 
-def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint):
-    flags = dict(steps=3, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=1)
-    one = run("text", lists["text"], "one", accum=2, **flags | {"valid_batches": 2})
+def two(stage, lists, init, out, *more, dies_at=None) -> list:
+    """Exit codes of two processes that train to a folder out; what they say is beside it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    words = ["train.py", "--stage", "text", "--init", str(checkpoint), "--lr", "0.01", "--warmup",
-             "1", "--accum", "1", "--workers", "0", "--log-every", "1", "--device", "cpu",
-             "--out", str(tmp_path / "two"), "--data", lists["text"][0]]
-    words += [w for k, v in flags.items() for w in ("--" + k.replace("_", "-"), str(v))]
+    words = f"train.py --stage {stage} --init {init} --lr 0.01 --warmup 1 --accum 1 --workers 0 " \
+        f"--log-every 1 --device cpu --batch-tokens 150 --out {out} --data {of(lists, stage)[0]}"
+    words = [*words.split(), *more]
     context = multiprocessing.get_context("fork")  # spawned ones would import torch anew
-    ranks = [context.Process(target=as_rank, args=(rank, port, words)) for rank in range(2)]
+    ranks = [context.Process(target=as_rank, args=(rank, port, words, dies_at))
+             for rank in range(2)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(10)
-    if any(process.is_alive() for process in ranks):
-        for process in ranks:
-            process.kill()
-        pytest.skip("two processes did not get ready in 10 s")
-    assert [process.exitcode for process in ranks] == [0, 0]
-    with open(tmp_path / "two" / "log.jsonl") as f:
-        two = [json.loads(line) for line in f]
-    assert len(two) == len(log(one)) == 4  # three steps and the held-out loss
-    for a, b in zip(log(one), two):
-        for name in a.keys() & {"text", "valid_text"}:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in ranks]
+
+
+@pytest.mark.parametrize("stage, flags", [("text", []), ("s2s", ["--shard"])])
+def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint, stage,
+                                                           flags):
+    """Also if they go on with what one has begun: no record is repeated or left out. What they
+    leave behind, sharded or not, is a whole checkpoint, from which one process goes on."""
+    init = copy_of(checkpoint, tmp_path / "init")
+    config = (init / "config.json").read_text()
+    (init / "config.json").write_text(config.replace('"dropout": 0.1', '"dropout": 0.0'))
+    same = dict(accum=2, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=2,
+                init=init)
+    one = run(stage, of(lists, stage), "one", steps=4, **same)
+    run(stage, of(lists, stage), "two", steps=1, **same)
+    codes = two(stage, lists, init, tmp_path / "two", "--resume", "--steps", "3", "--valid",
+                lists["t2t"], "--valid-every", "3", "--valid-batches", "1", *flags)
+    assert codes == [0, 0], [open(f"{tmp_path}/two.{rank}").read() for rank in range(2)]
+    assert len(torch.load(tmp_path / "two/state.pt", weights_only=True)["rng"]) == 2
+    last = run(stage, of(lists, stage), "two", steps=4, resume=True, **same)
+    assert len(log(last)) == len(log(one)) == 5  # four steps and the held-out loss
+    for a, b in zip(log(one), log(last)):
+        for name in a.keys() & {*PARTS, "valid_text", "valid_loss"}:
             assert abs(a[name] - b[name]) < 1e-5
+        assert a.get("reply") == b.get("reply")
     was, now = (read_weights(str(tmp_path / n / "model.safetensors")) for n in ("one", "two"))
     for name in was:
         torch.testing.assert_close(was[name], now[name], atol=1e-5, rtol=0)
+
+
+def test_a_dead_rank_ends_the_run(lists, tmp_path, checkpoint):
+    codes = two("text", lists, checkpoint, tmp_path / "out", dies_at=2)
+    said = (tmp_path / "out.0").read_text().splitlines()
+    assert codes == [1, 9] and said[0].startswith("step 1 ")
+    assert "rank 0 stops, another one is gone" in said[-1]
+
+
+def test_checkpoints_are_kept_and_the_best_of_them(run, lists, monkeypatch, checkpoint):
+    losses = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(train.Trainer, "means", lambda self, sums: {"loss": next(losses)}
+                        if "loss" in sums else {})
+    flags = dict(valid=lists["text"], valid_every=2, save_every=1, keep=2, valid_batches=1)
+    trainer = run("text", lists["text"], steps=6, **flags)
+    out = trainer.args.out
+    folders = {n for n in os.listdir(out) if os.path.isdir(os.path.join(out, n))}
+    assert folders == {"step-5", "step-6", "best"} and trainer.best == 1.0
+    for folder, step in (("best", 4), ("step-5", 5), ("step-6", 6)):
+        state = torch.load(os.path.join(out, folder, "state.pt"), weights_only=True)
+        assert state["step"] == step and set(os.listdir(os.path.join(out, folder))) == {
+            "config.json", "state.pt", *(p.name for p in checkpoint.iterdir())}
+        weights = read_weights(os.path.join(out, folder, "model.safetensors"))
+        assert torch.equal(weights["decoder.norm.weight"], state["module"]["decoder.norm.weight"])
+    replies = [line["reply"] for line in log(trainer) if "reply" in line]
+    assert len(replies) == 3 and all(r.endswith("[0 codes]") for r in replies)
+    again = run("text", lists["text"], "out/step-5", steps=5, resume=True)
+    assert again.step == 5 and again.best == 1.0
+
+
+@pytest.mark.parametrize("stage", ["tts", "empathy", "understand"])
+def test_a_sample_reply_of_every_kind(run, lists, stage):
+    reply = log(run(stage, of(lists, stage), valid=of(lists, stage), valid_every=1))[-1]["reply"]
+    codes = int(re.search(r" \[(\d+) codes\]$", reply)[1])
+    assert codes > 0 if stage == "tts" else codes == 0 or stage == "empathy"
+
+
+def test_rejects_are_in_the_log(run, lists, tmp_path):
+    bad = {"txt": "hi", "task": "<TRANSCRIBE>"}
+    path = write_list(tmp_path / "l", [json.loads(open(lists["asr"]).readline()),
+                                       bad | {"wav": "gone.wav"}, bad, {"txt": "hi"}])
+    for workers in (0, 1):
+        line = log(run("align", [path], f"w{workers}", steps=3, workers=workers))[0]
+        assert line["rejected"] == {"no such file": 1, "no wav": 1, "no task": 1}
+
+
+def test_mfu_counts_what_is_trained(run, lists, tok, wav):
+    trainee = run("align", lists["align"], steps=0).trainee
+    sample = made({"task": "<TRANSCRIBE>", "wav": wav(0.8), "txt": "hello"}, tok)
+    batch = trainee.collate([sample], "")
+
+    def n(part):
+        return sum(p.numel() for p in part.parameters())
+    net, targets = trainee.module, trainee.weight(batch)
+    assert trainee.flops(batch | {"size": 70}) == (
+        4 * n(net.decoder.layers) * 70 + 4 * 303 * 16 * targets + 6 * n(net.adapter) * 10
+        + 2 * n(net.encoder) * 40)
 
 
 def poison(monkeypatch, bad):
@@ -621,10 +758,10 @@ def test_show_prints_and_stops(run, lists, tmp_path, capsys):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_lists_end_with_one_line(run, lists, tmp_path, capsys, workers):
     bad = tmp_path / "bad.jsonl"
-    bad.write_text("{}\n")
-    none = write_list(tmp_path / "none.jsonl", [{"txt": "", "task": "<TRANSCRIBE>"}])
+    bad.write_text("[]\n")
+    none = write_list(tmp_path / "none.jsonl", [{"txt": "a", "task": "<TRANSCRIBE>"}])
     for path, words in ((bad, "bad.jsonl:1: not a JSON record"), (none, "{'no wav': 1}"),
-                        (tmp_path / "no.jsonl", "no such list")):
+                        (tmp_path / "no.jsonl", "No such file")):
         with pytest.raises(SystemExit) as end:
             run("align", [str(path)], workers=workers)
         said = capsys.readouterr().err.strip()
