@@ -1,7 +1,9 @@
 """eval.py: counting by hand, the rule judge on written replies, the client against a local server,
 the commands on a tiny random model."""
 
+import hashlib
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
+import data
 import eval as ev
 import model as echat
 from adapter import AdapterConfig
@@ -343,3 +346,27 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.main()
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- the test sets -------------------------------------------------------------------------------
+
+ENGINES = {"hibari", "espeak", "flite", "kokoro", "festival"}
+
+
+def test_bench_is_held_out_and_the_corpus_stays_as_it_was():
+    scenes, clauses = data.load_bank([os.path.join(ev.HERE, "assets", "scenes.jsonl")])
+    items = data.plan(0, 0, scenes, clauses, ENGINES, True)
+    sets = data.bench_manifests(items, 0)
+    seen = {v.name for v in data.voice_table() if v.split == "train"}
+    words = {row["query"] for row in data.sentences(scenes) if row["split"] == "train"}
+    for kind in ("emotion", "age", "gender", "event", "multi"):
+        rows = sets[kind, "test"]
+        assert len(rows) == len({r["key"] for r in rows}) == 280
+        assert not seen & {r["extra"]["recipe"]["voice"] for r in rows}
+        assert not words & {r["extra"]["q_txt"] for r in rows}
+        dims = [set(ev.labels_of(r)) - {"neutral"} for r in rows]
+        assert all(len(d) > 1 for d in dims) if kind == "multi" else all(d <= {kind} for d in dims)
+    plan = data.plan(5, 0, scenes, clauses, ENGINES, False)  # as it was before there was a bench
+    lines = json.dumps(data.manifests(plan, data.sentences(scenes)[:3], 0)["echat", "test"])
+    assert hashlib.sha1(lines.encode()).hexdigest() == "434d2d6dc692fb307eb2cabe8d9a1d152c6ea244"
+    assert not {i["wav"] for i in plan} & {i["wav"] for i in items}
