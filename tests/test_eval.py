@@ -208,17 +208,18 @@ def test_client(server, tmp_path, monkeypatch, capfd, script, score, sent):
     monkeypatch.setenv("ECHAT_JUDGE_KEY", "secret-key")
     server.script, path = list(script), str(tmp_path / "judge.jsonl")
     client = ev.Judge(server.url, "m", wait=0.001)
-    got = ev.run_items(path, [client.item(CHAT)] * 2, client.score, 2)
+    items = [{"key": "k", "chat": CHAT}] * 2
+    got = ev.run_items(path, items, client.score, 2)
     assert len(server.seen) == sent and got[0] == got[1]
     assert got[0].get("score", got[0].get("error")) == score
     where, auth, body = server.seen[0]
     assert where == "/v1/chat/completions" and auth == "Bearer secret-key"
     assert body["model"] == "m" and body["messages"] == CHAT
     if isinstance(score, float):  # a second run asks nobody
-        assert ev.run_items(path, [client.item(CHAT)], client.score) == got[:1]
+        assert ev.run_items(path, items, client.score) == got
     if score == "HTTP 401 Unauthorized":  # and the next one is not asked
         with pytest.raises(ValueError, match="401"):
-            client.score(client.item(CHAT))
+            client.score(items[0])
     assert len(server.seen) == sent
     assert all("secret" not in p.read_text() for p in tmp_path.iterdir())
     assert "secret" not in "".join(capfd.readouterr())
@@ -319,8 +320,8 @@ def test_understand_asks_what_the_task_asks(world, monkeypatch, capsys):
     assert ev.truth(row, "query") == {"asr": "hi", "age": "OLD"}
     assert ev.truth(row, "think") == {"asr": "hi", "age": "OLD", "gender": "MALE"}
     seen = []
-    monkeypatch.setattr(ev, "answer", lambda bot, r, stop: seen.append(list(bot.args.labels)) or {
-        "labels": {"age": "OLD"}, "transcript": "hello there"})
+    monkeypatch.setattr(ev, "answer", lambda bot, r, stop: (seen.append(bot.args.labels) or {
+        "labels": {"age": "OLD"}, "transcript": "hello there"}, None))
     path = world / "only.jsonl"
     path.write_text(json.dumps({"key": 1, "wav": "a.wav", "txt": "<OLD>", "task": "<AGE>"}) + "\n"
                     + json.dumps({"key": 2, "wav": "a.wav", "txt": "hello you",
@@ -463,7 +464,7 @@ def test_convert_another_layout_is_one_line(tmp_path, monkeypatch, capsys):
                                           str(tmp_path / "out.jsonl")])
         with pytest.raises(SystemExit) as stop:
             ev.main()
-        assert stop.value.code == 2 and capsys.readouterr().err.count("not the layout") == 1
+        assert stop.value.code == 2 and capsys.readouterr().err.count("no records of") == 1
     assert not (tmp_path / "out.jsonl").exists()
 
 
