@@ -516,7 +516,7 @@ def find_engines() -> set[str]:
     if commands:
         print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
     if not (found["hibari"] and found["espeak"]):
-        raise SystemExit("build: hibari-tts and espeak-ng are required")
+        raise BadInput("build: hibari-tts and espeak-ng are required")
     return {name for name, ok in found.items() if ok}
 
 
@@ -1180,7 +1180,7 @@ def claim(out: Path, settings: list):
     out.mkdir(parents=True, exist_ok=True)
     stamp, digest = out / "settings.sha1", hashlib.sha1(repr(settings).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() != digest:
-        raise SystemExit(f"build: {out} was made with other settings or voices; use a new folder")
+        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
     stamp.write_text(digest)
 
 

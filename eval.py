@@ -136,7 +136,6 @@ def rules(dim: str) -> list[tuple[bool, set, re.Pattern]]:
 
 def judge(reply: str, dim: str, label: str) -> str:
     """right | wrong (another value's words) | mixed (words of several) | none (no such words).
-
     Strong evidence (address, named feelings) rules out weak (advice, tone); neutral is right if
     no feeling is named, an event if one of the paper's keywords for it is there."""
     found = [(strong, values) for strong, values, pattern in rules(
@@ -163,24 +162,23 @@ def labels_of(record: dict) -> dict[str, str]:
 
 
 def elsewhere(rows: list[dict], seed: int) -> list[int]:
-    """For each record the place of another one, of its list and kind, that has other labels."""
-    alike = [(r["set"], *(k in r["extra"] for k in NAMES.values())) for r in rows]
-    labels, rng = [labels_of(r) for r in rows], random.Random(seed)
-    others = [[i for i, a in enumerate(alike) if a == here and labels[i] != own]
-              for here, own in zip(alike, labels)]
-    if not all(others):
-        raise BadInput("--control shuffle: no other record has other labels")
-    return [rng.choice(places) for places in others]
+    """For each record the place of another one of its list that has other labels."""
+    labels, rng, out = [labels_of(r) for r in rows], random.Random(seed), []
+    for row, own in zip(rows, labels):
+        others = [i for i, r in enumerate(rows) if r["set"] == row["set"] and labels[i] != own]
+        if not others:
+            raise BadInput(f"--control shuffle: all of {row['set']} have the same labels")
+        out.append(rng.choice(others))
+    return out
 
 
 def fits(card: dict, system: str) -> list[tuple]:
     """Marks of a reply: the labels it fits, by list, by label, and all at once; its emotion tag."""
-    reply = card["replies"][system]
-    right = {d: v == "right" for d, v in reply["verdicts"].items()}
+    right = {d: v == "right" for d, v in card["replies"][system]["verdicts"].items()}
     return [*[(card["set"], sum(right.values()), len(right))] * bool(right),
             *((d, ok, 1) for d, ok in right.items()),
             *[("all labels", all(right.values()), 1)] * (len(right) > 1),
-            ("reply's tag", reply["tone"] == card["tone"], 1)]
+            ("reply's tag", card["replies"][system]["tone"] == card["tone"], 1)]
 
 
 def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
@@ -207,7 +205,7 @@ class Judge:
         """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
         body = json.dumps({"model": self.model, "messages": chat, "temperature": temperature})
         for attempt in range(5):
-            if self.refused:  # a wrong key or name: the others would be, too
+            if self.refused:
                 raise ValueError(self.refused)
             request = urllib.request.Request(self.url, body.encode(),
                                              {"Content-Type": "application/json"})
@@ -218,8 +216,10 @@ class Judge:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     return str(json.load(answer)["choices"][0]["message"]["content"])
             except urllib.request.HTTPError as e:
-                if e.code not in (408, 429) and e.code < 500:
-                    self.refused = f"HTTP {e.code} {e.reason}"
+                if e.code < 500 and e.code not in (408, 429):
+                    if e.code in (401, 403, 404):  # a wrong key or name: so will be all others
+                        self.refused = f"HTTP {e.code} {e.reason}"
+                    raise ValueError(f"HTTP {e.code} {e.reason}") from None
                 pause = e.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException):
                 pass
@@ -375,7 +375,7 @@ def truth(record: dict, way: str) -> dict[str, str]:
     words, *given = re.split(r"<([^<>]+)>", record["txt"])
     tags = [w for t in re.findall(r"<[A-Z]+>", record["task"])
             if (w := echat.TAGS.get(t, "asr")) != "asr"]
-    known = {"asr": words or "&&"} | dict(zip(tags, given[::2])) | (
+    known = {"asr": record["extra"].get("q_txt", words) or "&&"} | dict(zip(tags, given[::2])) | (
         record["extra"].get("recipe", {}) if way == "think" else {})
     return {k: known[k] for k in echat.ASKED if known.get(k, "&&") != "&&"}
 
@@ -534,8 +534,7 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
         marks.setdefault(system, []).extend([("unanswered", "error" in got, 1), *(
             [(kind, got["score"], 1)] if "score" in got else [(got["error"], 1, 1)])])
     scores = {system: scored(m, args.seed) for system, m in marks.items()}
-    head = f"By {args.judge_model}, 1-5 as (s - 1) * 25, event by keywords"
-    return f"{head}\n{score_table(scores)}", scores
+    return f"{args.judge_model}: (s - 1) * 25; events by keywords\n{score_table(scores)}", scores
 
 
 def page(cards: list[dict], seed: int) -> str:
@@ -703,7 +702,8 @@ def speed(args) -> tuple[str, dict]:
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
 
-COMMANDS = {c.__name__: c for c in (understand, convert, qa, tts, speed)} | {"echat": empathy}
+COMMANDS = {"echat": empathy, "understand": understand, "convert": convert, "qa": qa, "tts": tts,
+            "speed": speed}
 
 
 def arguments(argv=None) -> argparse.Namespace:
