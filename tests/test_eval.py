@@ -16,7 +16,7 @@ import eval as ev
 import model as echat
 from adapter import AdapterConfig
 from conftest import write_list
-from data import BadInput, train_tokenizer, write_wave
+from data import BadInput, seconds_of, train_tokenizer, write_wave
 from decoder import DecoderConfig
 from encoder import EncoderConfig
 from flow import FlowConfig
@@ -364,8 +364,11 @@ def test_echat(world, monkeypatch, capsys, server):
 def test_echat_beside_another_run(world, monkeypatch, capsys, tmp_path):
     item = {"key": "sad", "text": "How sad.", "labels": {"reply_emotion": "SAD"}}
     (tmp_path / "theirs.jsonl").write_text(json.dumps(item) + "\n")
+    monkeypatch.setattr(ev, "answer", lambda bot, record: (
+        {"text": "", "labels": {}, "sample_rate": 24000}, torch.zeros(2400)))
     data = ["--data", str(world / "other.jsonl"), "--beside", str(tmp_path / "theirs.jsonl")]
-    result = call(world, monkeypatch, capsys, "echat", *data)[1]
+    result = call(world, monkeypatch, capsys, "echat", *data, "--speech")[1]
+    assert seconds_of(str(world / "out" / "sad.wav")) == 0.1
     assert result["n"] == 1 and result["broken"] == 1  # only what both have answered
     assert result["rules"]["theirs"]["emotion"] == {"n": 1, "score": [1.0] * 3}
 
