@@ -811,8 +811,7 @@ def event_bank() -> dict[tuple, list]:
 
 
 def fade(n: int, edge: int = 400) -> np.ndarray:
-    t = np.arange(n)
-    return np.minimum(1, np.minimum(t, n - 1 - t) / edge)
+    return np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / edge)
 
 # ---------------------------------------------------------------- one query, one reply
 
@@ -997,14 +996,14 @@ def compose(scene: dict, value: tuple, known: dict, clauses: dict, rng) -> str:
     return " ".join(parts)
 
 
-def think(domain: str, known: dict, tone: str, rng) -> str:
+def think(topic: str, known: dict, tone: str, rng) -> str:
     """One or two sentences on who speaks how about what, and how to answer."""
     age, gender = known.get("age"), known.get("gender")
     who = SUBJECT.get((age, gender))
     acts = [t[known[k]] for k, t in (("emotion", FEELS), ("event", DOES))
             if known.get(k, "OTHER") != "OTHER"]
     topic = {"garden": "the garden", "weekend": "the weekend", "outdoors": "nature"}.get(
-        domain, domain)
+        topic, topic)
     subject = pick(rng, [f"The user, {who},", f"I hear {who} who"]) if who else \
         pick(rng, ["The user", "I hear someone who"])
     while_ = pick(rng, ["while talking about", "and talks about"]) if acts else "talks about"
@@ -1039,7 +1038,17 @@ def sentences(scenes: list) -> list[dict]:
 
 
 KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
-BENCH = tuple(KINDS)[:5]  # the test sets of EChat-eval
+
+
+def drill(texts: list[str], rng) -> str:
+    """5 to 9 words, cut from sentences one to three at a time: words in an order never heard."""
+    words = []
+    while len(words) < 5:
+        said = pick(rng, texts).rstrip(".!?").split()
+        first = rng.integers(len(said))
+        words += said[first:first + rng.integers(1, 4)]
+    text = " ".join(words)
+    return text[0].upper() + text[1:].rstrip(",") + "."
 
 
 def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, seed: int) -> dict:
@@ -1047,7 +1056,10 @@ def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, see
     rng = np.random.default_rng([seed, 0, index])
     pool, voices = pools[split, "sentences"], pools[split, "voices"]
     gendered = kind == "gender" and rng.random() < 0.7
-    sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
+    if kind == "drill":
+        sentence = {"query": drill(pools["texts"], rng), "scene": {"id": ""}}
+    else:
+        sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
     labels = {k: pick(rng, v) for k, v in LABELS.items()}
     labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
     plain = rng.random() < 0.5 and kind != "event"
@@ -1059,15 +1071,17 @@ def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, see
     voice = pick(rng, [v for v in able if v.engine == engine])
     known = labels if kind == "multi" else {k: labels[k] for k in labels if k == kind}
     tone = reply_emotion(known)
+    reply = "" if kind == "drill" else compose(sentence["scene"], sentence["value"], known,
+                                               clauses, rng)
     return {"index": index, "wav": f"query/{index:06d}.wav", "split": split, "kind": kind,
             "query": sentence["query"], "scene": sentence["scene"]["id"], "labels": labels,
-            "known": known, "tone": tone, "voice": asdict(voice),
-            "reply": compose(sentence["scene"], sentence["value"], known, clauses, rng),
+            "known": known, "tone": tone, "voice": asdict(voice), "reply": reply,
             "think": think(sentence["scene"]["domain"], known, tone, rng) if known else ""}
 
 
 def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set, bench: bool) -> list[dict]:
-    """n train dialogues (+1 % spare for rejects) and 600 test ones; or those of EChat-eval."""
+    """n train dialogues (+1 % spare for rejects), 600 test ones and n / 2 drills, or a small model
+    learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
     rows, table = sentences(scenes), [v for v in voice_table() if v.engine in engines]
     pools = {(s, "sentences"): [r for r in rows if r["split"] == s] for s in ("train", "test")}
     pools |= {(s, "voices"): [v for v in table if v.split == s] for s in ("train", "test")}
@@ -1075,9 +1089,13 @@ def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set, bench: bo
     kinds = [("test", k) for k in KINDS for _ in range(300 if k == "multi" else 60)]
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
     if bench:
-        kinds = [("test", k) for k in BENCH for _ in range(294)]  # 5 % spare
-    return [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
-            enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]  # other numbers: new ones
+        kinds = [("test", k) for k in list(KINDS)[:5] for _ in range(294)]
+    items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
+             enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]
+    pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
+                             for k in ("query", "reply")})
+    return items + [plan_item(len(items) + i, "train", "drill", pools, clauses, seed)
+                    for i in range(0 if bench else n // 2)]
 
 # ---------------------------------------------------------------- manifests
 
@@ -1101,7 +1119,7 @@ def item_records(item: dict, seed: int) -> list[tuple[str, dict]]:
     shown = {names.get(k, k): f"<{v}>" for k, v in known.items()}
     shown |= {"think_str": item["think"]} if known else {}
     task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
-    out = [("echat" if known else "plain", record(
+    out = [] if item["kind"] == "drill" else [("echat" if known else "plain", record(
         f"echat_{key}", wav, f"<{item['tone']}>" + item["reply"], task, q_txt=q, **shown,
         emotion=f"<{item['tone']}>", reply_wav=reply_path(item["reply"], item["tone"]),
         scene=item["scene"], kind=item["kind"], recipe=recipe))]
@@ -1126,13 +1144,15 @@ def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
     """Text chat, repeating, and the query sentences as TTS material: (set, split, record)."""
     out, rng = [], np.random.default_rng([seed, 3])
     for i, row in enumerate(rows):
-        answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
-        out += [(name, row["split"], entry) for name, entry in (
-            ("text", record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>", question=row["query"])),
-            ("text", record(f"again_{i:05d}", "", row["query"], "<TEXT2TEXT>",
-                            question="Repeat: " + row["query"])),
-            ("tts", record(f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"],
-                           "<TEXT2TOKEN>", emotion="<NEUTRAL>")))]
+        if "value" in row:  # not a drill
+            answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
+            out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
+                                                     question=row["query"])))
+        out.append(("text", row["split"], record(f"again_{i:05d}", "", row["query"], "<TEXT2TEXT>",
+                                                 question="Repeat: " + row["query"])))
+        out.append(("tts", row["split"], record(
+            f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"], "<TEXT2TOKEN>",
+            emotion="<NEUTRAL>")))
     return out
 
 
@@ -1143,20 +1163,23 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
         for name, entry in item_records(item, seed):
             sets.setdefault((name, item["split"]), []).append(entry)
         wav = reply_path(item["reply"], item["tone"])
-        if wav not in voiced:
+        if item["reply"] and wav not in voiced:
             voiced[wav] = len(voiced) + 1
             sets.setdefault(("tts", item["split"]), []).append(record(
                 f"tts_r{voiced[wav]:05d}", wav, f"<{item['tone']}>" + item["reply"], "<TEXT2TOKEN>",
                 emotion=f"<{item['tone']}>"))
     for name, split, entry in text_records(rows, seed):
         sets.setdefault((name, split), []).append(entry)
+    for (_, split), entries in sets.items():
+        if split == "train":  # a reader shuffles within its window only
+            random.Random(seed).shuffle(entries)
     return sets
 
 
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
     """The test sets of EChat-eval, 280 dialogues each, as records of `echat`."""
     return {(kind, "test"): [item_records(i, seed)[0][1] for i in items if i["kind"] == kind][:280]
-            for kind in BENCH}
+            for kind in list(KINDS)[:5]}
 
 
 def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
@@ -1197,7 +1220,9 @@ def build(args: argparse.Namespace):
         (out / folder).mkdir(exist_ok=True)
     if "kokoro" in engines:
         kokoro_tts()  # joins its model file once, before the children need it
-    replies = {(i["reply"], i["tone"]) for i in items} | {(r["query"], "NEUTRAL") for r in rows}
+    rows += [i for i in items if i["kind"] == "drill"]
+    replies = {(i["reply"], i["tone"]) for i in items if i["reply"]}
+    replies |= {(r["query"], "NEUTRAL") for r in rows}
     jobs = [("query", out / i["wav"], i, args.seed) for i in items]
     jobs += [("reply", out / reply_path(*r), *r) for r in sorted(replies)]
     seconds, rejects = {}, Counter()
@@ -1208,7 +1233,8 @@ def build(args: argparse.Namespace):
             rejects[reason] += bool(reason)
     good = [i for i in items if seconds[i["wav"]]]
     items = [i for i in good if i["split"] == "test"]
-    items += [i for i in good if i["split"] == "train"][:args.n]
+    items += [i for i in good if i["split"] == "train" and i["kind"] != "drill"][:args.n]
+    items += [i for i in good if i["kind"] == "drill"]
     write_manifests(out, bench_manifests(items, args.seed) if args.bench
                     else manifests(items, rows, args.seed), seconds)
     print("engines", dict(Counter(i["voice"]["engine"] for i in items)), "voices",

@@ -21,6 +21,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from decoder import exact
+
 # ---- log-mel -----------------------------------------------------------------------------------
 
 SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms
@@ -88,10 +90,6 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
-def add_positions(x: Tensor) -> Tensor:
-    return x + sinusoids(x.shape[1], x.shape[2], x.device).to(x.dtype)
-
-
 def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
     """(B, size) True on real frames, or None if every sample fills the batch (the fast path)."""
     if bool((lengths >= size).all()):
@@ -151,7 +149,8 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_ln(x))
 
 
-def transform(x: Tensor, lengths: Tensor, blocks: nn.ModuleList) -> Tensor:
+def transform(x: Tensor, lengths: Tensor, blocks: nn.ModuleList, positions=True) -> Tensor:
+    x = x + sinusoids(*x.shape[1:], x.device).to(x.dtype) if positions else x
     mask = frame_mask(lengths, x.shape[1])
     for block in blocks:
         x = block(x, mask)
@@ -182,7 +181,7 @@ class Encoder(nn.Module):
 
         Frames beyond a length come out as zeros."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        x = transform(add_positions(x), lengths, self.blocks)
+        x = transform(x, lengths, self.blocks)
         return zero_tail(self.ln_post(x), lengths), lengths
 
 
@@ -244,7 +243,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: Tensor, rounds: int = 10) -> None:
-        """k-means on x (N, D), N >= K, from random points; empty clusters draw a new one."""
+        """k-means on x (N, D), N >= K: real frames of features(). Empty clusters draw a new one."""
         if len(x) < len(self.embed):
             raise ValueError(f"k-means of {len(self.embed)} codes got only {len(x)} features")
         self.fitted.fill_(True)
@@ -261,7 +260,7 @@ class SpeechTokenizer(nn.Module):
 
     S3 v1 has an attention decoder behind its codes; CTC asks the same of them, to keep the words.
     As in S3, the quantiser joins a recogniser that works: forward() lets features pass until
-    init_codebook() is called. Any sooner, and CTC's first move, blanks everywhere, carries all
+    codebook.fit() has seen some. Any sooner, and CTC's first move, blanks everywhere, carries all
     features to one code."""
 
     def __init__(self, cfg: TokenizerConfig):
@@ -279,9 +278,8 @@ class SpeechTokenizer(nn.Module):
     def features(self, mel: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """mel (B, T, n_mels) -> unit vectors (B, ceil(T / 4), D) to be quantised, lengths."""
         x, lengths = conv_stem(mel, lengths, [self.conv1, self.conv2])
-        if self.cfg.positions:
-            x = add_positions(x)
-        x, pool = zero_tail(transform(x, lengths, self.blocks), lengths), self.cfg.pool
+        x = zero_tail(transform(x, lengths, self.blocks, self.cfg.positions), lengths)
+        pool = self.cfg.pool
         x = F.pad(x, (0, 0, 0, -x.shape[1] % pool)).unflatten(1, (-1, pool))  # (B, L, pool, D)
         first = pool * torch.arange(x.shape[1], device=x.device)
         real = (lengths[:, None] - first).clamp(1, pool)  # frames averaged; the last may lack one
@@ -294,10 +292,6 @@ class SpeechTokenizer(nn.Module):
         x, lengths = self.features(mel, lengths)
         codes = self.codebook.nearest(x.flatten(0, 1)).view(x.shape[:2])
         return zero_tail(codes[..., None], lengths)[..., 0], lengths
-
-    def init_codebook(self, features: Tensor) -> None:
-        """k-means on features (N, D), N >= K: the real frames that features() gave."""
-        self.codebook.fit(features)
 
     def quantise(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, L, D) -> codes' vectors with x's gradient, commitment loss, codes (n,) in use."""
@@ -321,9 +315,9 @@ class SpeechTokenizer(nn.Module):
             x, commit, codes = self.quantise(x, lengths)
         # A unit vector would drown in positions of norm sqrt(D / 2): give its entries unit size.
         # Back to the encoder's rate: 25 frames a second are too few for the letters of fast speech.
-        x, lengths = (x * x.shape[2] ** 0.5).repeat_interleave(self.cfg.pool, 1), \
-            lengths * self.cfg.pool
-        x = transform(add_positions(x), lengths, self.tail)
+        x = (x * x.shape[2] ** 0.5).repeat_interleave(self.cfg.pool, 1)
+        lengths = lengths * self.cfg.pool
+        x = transform(x, lengths, self.tail)
         logits = self.head(self.ln_post(x))  # (B, pool L, V + 1)
         log_probs = logits.float().log_softmax(-1).transpose(0, 1)  # (pool L, B, V + 1)
         ctc = F.ctc_loss(log_probs, targets, lengths, target_lengths,
@@ -360,10 +354,10 @@ NAMES = {  # module of HF, WeNet (the released OSUM-EChat) or S3Tokenizer -> our
 POSITIONS = ("positional_embedding", "embed_positions.weight", "embed.pos_enc.pe")
 
 
-def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
-    """Our name -> (their name, weight). A decoder is left out, and so are stored positions, once
-    they are seen to be the sinusoids (up to the rounding of half precision)."""
-    found = {}
+def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Weights by our names, and their names by ours. A decoder is left out, and so are stored
+    positions, once they are seen to be the sinusoids (up to the rounding of half precision)."""
+    found, theirs = {}, {}
     for old, value in state.items():
         name = re.sub(r"^(model\.)?encoder\.", "", old)
         name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
@@ -374,27 +368,17 @@ def rename(state: dict[str, Tensor]) -> dict[str, tuple[str, Tensor]]:
             if not torch.allclose(table, sinusoids(*table.shape, table.device), atol=1e-2):
                 raise ValueError(f"{old}: not Whisper's sinusoids, which are all we compute")
         elif name in found:
-            raise ValueError(f"{old}: the same weight as {found[name][0]}")
+            raise ValueError(f"{old}: the same weight as {theirs[name]}")
         elif not re.match(r"(model\.)?decoder\.|proj_out\.", old):
-            found[name] = old, value
-    return found
+            found[name], theirs[name] = value, old
+    return found, theirs
 
 
-def checked(found: dict[str, tuple[str, Tensor]], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict, or ValueError naming a key that is unknown, missing or of another shape."""
-    for name, (old, value) in found.items():
-        if name not in own or value.shape != own[name].shape:
-            raise ValueError(f"{old}: no weight of shape {tuple(value.shape)} belongs here")
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: missing from these weights")
-    return {name: value for name, (_, value) in found.items()}
-
-
-def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
+def sizes(found: dict[str, Tensor]) -> dict[str, int]:
     """The config fields that names and shapes tell; all of Whisper's heads are 64 wide."""
     if "conv1.weight" not in found:
-        raise ValueError("conv1.weight: missing from these weights")
-    D, n_mels, _ = found["conv1.weight"][1].shape
+        raise ValueError("conv1.weight: missing")
+    D, n_mels, _ = found["conv1.weight"].shape
     n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     return dict(n_mels=n_mels, d_model=D, n_heads=D // 64, n_layers=n_layers)
 
@@ -402,33 +386,22 @@ def sizes(found: dict[str, tuple[str, Tensor]]) -> dict[str, int]:
 def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
     begin with "encoder.") -> state dict of an Encoder of the same size. ValueError: a bad key."""
-    found = rename(state)
+    found, theirs = rename(state)
     with torch.device("meta"):
-        return checked(found, Encoder(EncoderConfig(**sizes(found))).state_dict())
-
-
-def load_s3(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """S3 v1 under S3Tokenizer's names -> state dict of a SpeechTokenizer with vocab=0, pool=1 and
-    conv1_stride=2 (the 25 Hz file; the 50 Hz one has the same shapes and stride 1)."""
-    found = rename(state)
-    with torch.device("meta"):
-        own = SpeechTokenizer(s3_config(found)).state_dict()
-    averages = {"codebook.counts": torch.ones(len(own["codebook.embed"])),  # of training: not
-                "codebook.fitted": torch.tensor(True)}                      # released
-    return checked(found, {k: v for k, v in own.items() if k not in averages}) | averages
-
-
-def s3_config(found: dict[str, tuple[str, Tensor]], stride: int = 2) -> TokenizerConfig:
-    embed = found.get("codebook.embed", ("", torch.zeros(0)))[1]
-    return TokenizerConfig(**sizes(found), conv1_stride=stride, pool=1, codes=len(embed))
+        return exact(found, Encoder(EncoderConfig(**sizes(found))).state_dict(), theirs)
 
 
 def released_s3(state: dict[str, Tensor], rate: int = 25) -> SpeechTokenizer:
     """S3 v1 under S3Tokenizer's names -> the tokenizer, ready to encode. The weights do not tell
-    whether they make 25 or 50 codes a second."""
+    whether they make 25 or 50 codes a second. ValueError: a bad key."""
+    found, theirs = rename(state)
+    codes = len(found.get("codebook.embed", ()))
     with torch.device("meta"):
-        model = SpeechTokenizer(s3_config(rename(state), stride=50 // rate))
-    model.load_state_dict(load_s3(state), assign=True)
+        model = SpeechTokenizer(TokenizerConfig(**sizes(found), conv1_stride=50 // rate, pool=1,
+                                                codes=codes))
+    averages = {"codebook.counts": torch.ones(codes), "codebook.fitted": torch.tensor(True)}
+    exact(found | averages, model.state_dict(), theirs)  # averages are of training: not released
+    model.load_state_dict(found | averages, assign=True)
     return model.eval()
 
 
@@ -443,10 +416,9 @@ def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
     ValueError in one line if it is not such a file or the package onnx is not installed."""
     try:
         import onnx
+        graph = onnx.load(path).graph
     except ImportError:
         raise ValueError(f"{path}: to read this, install onnx (pip install onnx)") from None
-    try:
-        graph = onnx.load(path).graph
     except Exception as e:  # protobuf's own errors have no public name
         reason = str(e).partition("\n")[0]
         raise ValueError(f"{path}: expected an ONNX graph ({reason})") from None
@@ -458,20 +430,17 @@ def read_onnx(path: str) -> tuple[dict[str, Tensor], int]:
         inputs = [(n, w) for n, w in inputs if w.is_floating_point() and w.numel() > 1]
         module, _, op = re.sub(r"^/(encoders?/)?", "", node.name).rpartition("/")
         module = module.replace("/mlp/mlp.", "/mlp/").replace("/", ".")
-        for i, (name, w) in enumerate(inputs):
-            if node.op_type == "Conv":
-                key = f"conv{convs.index(node) + 1}." + ("weight", "bias")[i]
-            elif node.op_type == "LayerNormalization":
-                key = f"{module}." + ("weight", "bias")[i]
-            elif "positional_embedding" in name:
-                key = "positional_embedding"
-            else:
-                key = f"{module}.{ONNX_OPS.get(op, op)}"
-            w = w.T.contiguous() if w.dim() == 2 and op == "MatMul" else w
+        module = f"conv{convs.index(node) + 1}" if node.op_type == "Conv" else module
+        for kind, (name, w) in zip(("weight", "bias"), inputs):
+            if node.op_type not in ("Conv", "LayerNormalization"):
+                kind = ONNX_OPS.get(op, op)
+            turned = w.dim() == 2 and (op == "MatMul" or "codebook" in node.name)
+            w = w.T.contiguous() if turned else w
             if "codebook" not in node.name:
-                state["encoder." + key] = w
+                where = re.search("positional_embedding", name)
+                state["encoder." + (where[0] if where else f"{module}.{kind}")] = w
             elif w.dim() == 2 and min(w.shape) > 1:  # not |e|^2, should that be stored
-                state["quantizer._codebook.embed"] = w if op == "MatMul" else w.T.contiguous()
+                state["quantizer._codebook.embed"] = w
     strides = [a.ints[0] for node in convs[:1] for a in node.attribute if a.name == "strides"]
     if not strides or "quantizer._codebook.embed" not in state:
         raise ValueError(f"{path}: expected S3 v1, found an ONNX graph without its codebook")

@@ -19,7 +19,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-SIGMA = 1e-6      # width of the path's end: part of the published formula, too small to matter
+from decoder import exact
+from encoder import frame_mask
+
 NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
 
@@ -30,8 +32,8 @@ class Tape:
     """Left context of every causal layer, in the order the layers run: read from the last segment,
     written for the next. So layers need no index, and all a state holds is a list of tensors."""
 
-    def __init__(self, old: list[Tensor]):
-        self.old, self.new = old, []
+    def __init__(self, old: list[Tensor], reach: int):
+        self.old, self.new, self.reach = old, [], reach  # frames of the past that attention sees
 
     def extend(self, x: Tensor, keep: int) -> Tensor:
         """x (B, T, D) -> (B, past + T, D); its last `keep` frames stay for the next segment."""
@@ -48,10 +50,10 @@ class Conv(nn.Conv1d):
         super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
         self.causal = causal
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, tape: Tape | None = None) -> Tensor:
+    def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         k, n = self.kernel_size[0], x.shape[1]
         if not self.causal and k > 1:
-            return super().forward(silence(x, valid).mT).mT
+            return super().forward(x.mT).mT
         if k > 1:  # shifts side by side and one matmul: on a CPU twice as fast as conv1d
             x = x if tape is None else tape.extend(x, k - 1)
             x = F.pad(x, (0, 0, n + k - 1 - x.shape[1], 0))
@@ -62,33 +64,15 @@ class Conv(nn.Conv1d):
 class Upsample(nn.ConvTranspose1d):
     """Twice the frames, (B, T, D) -> (B, 2T, D)."""
 
-    def forward(self, x: Tensor, valid: Tensor | None, tape: None) -> Tensor:
-        return super().forward(silence(x, valid).mT).mT
+    def forward(self, x: Tensor, tape: None) -> Tensor:
+        return super().forward(x.mT).mT
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm on (B, T, D) with statistics over real frames: a pad must not change its sample."""
+    """GroupNorm on (B, T, D)."""
 
-    def forward(self, x: Tensor, valid: Tensor | None) -> Tensor:
-        if valid is None:
-            return super().forward(x.mT).mT
-        g, m = x.unflatten(-1, (self.num_groups, -1)), valid[..., None, None]  # (B, T, G, D/G)
-        n = m.sum((1, 3), keepdim=True) * g.shape[-1]
-        mean = (g * m).sum((1, 3), keepdim=True) / n
-        var = ((g - mean).square() * m).sum((1, 3), keepdim=True) / n
-        return ((g - mean) * (var + self.eps).rsqrt()).flatten(2) * self.weight + self.bias
-
-
-def silence(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero what a convolution would see beyond the end, so a pad looks like the end."""
-    return x if valid is None else x * valid[..., None]
-
-
-def real(lengths: Tensor, total: int) -> Tensor | None:
-    """valid (B, total), False on pads; None if there are none, because masks cost time."""
-    if bool((lengths == total).all()):
-        return None
-    return torch.arange(total, device=lengths.device) < lengths[:, None]
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
 
 
 def angles(x: Tensor, n: int, last: int) -> Tensor:
@@ -110,6 +94,25 @@ def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
     return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
 
 
+def attention_mask(x: Tensor, valid: Tensor | None, past: int, chunk: int,
+                   left: int) -> Tensor | None:
+    """Who sees whom in x (B, T, D), True (B or 1, 1, T, past + T); None if everybody sees everybody
+    (fast path). With a chunk size a frame sees its own chunk and `left` before it; `past` is whole
+    chunks. A pad (valid False) still sees itself, lest a softmax over nothing be NaN."""
+    mask, t = None, x.shape[1]
+    if chunk:
+        key = torch.arange(past + t, device=x.device) // chunk
+        query = key[past:, None]
+        mask = (key <= query) & (key >= query - left)  # (T, S)
+        mask = None if mask.all() else mask[None, None]
+    if valid is None:
+        return mask
+    seen = valid[:, None, None] if mask is None else mask & valid[:, None, None]
+    return seen | torch.eye(t, dtype=torch.bool, device=x.device)
+
+
+# ---- blocks
+
 class Attention(nn.Module):
     """Multi-head attention; `relative` adds Transformer-XL positions (the encoder has them, the
     U-Net knows order from its convolutions alone)."""
@@ -127,11 +130,11 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, T, hd)
 
-    def forward(self, x: Tensor, mask: Tensor | None, reach: int, tape: Tape | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
         if tape is not None:
-            k, v = tape.extend(k, reach), tape.extend(v, reach)  # (B, S, H hd)
-        q, k, v = self.split(q), self.split(k), self.split(v)
+            k, v = (tape.extend(y, tape.reach) for y in (k, v))  # (B, S, H hd)
+        q, k, v = map(self.split, (q, k, v))
         if self.relative:
             bias = self.distance_bias(q + self.bias_v[:, None], k.shape[2], x)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
@@ -154,27 +157,6 @@ class Attention(nn.Module):
         return score.reshape(*q.shape[:2], t, s + t - 1)[..., :s]
 
 
-def attention_mask(valid: Tensor | None, t: int, past: int, chunk: int, left: int,
-                   device: torch.device) -> Tensor | None:
-    """Who sees whom, True (B or 1, 1, T, past + T); None if everybody sees everybody (fast path).
-
-    With a chunk size a frame sees its own chunk and `left` before it; `past` is whole chunks.
-    valid (B, T) is False on pads; a pad still sees itself, lest a softmax over nothing be NaN."""
-    mask = None
-    if chunk:
-        key = torch.arange(past + t, device=device) // chunk
-        query = key[past:, None]
-        mask = (key <= query) & (key >= query - left)  # (T, S)
-        mask = None if mask.all() else mask[None, None]
-    if valid is not None:
-        seen = valid[:, None, None]
-        mask = seen if mask is None else mask & seen
-        mask = mask | torch.eye(t, dtype=torch.bool, device=device)
-    return mask
-
-
-# ---- blocks
-
 class Layer(nn.Module):
     """Pre-norm transformer layer: of the encoder (relative, SiLU) or of the U-Net (GELU)."""
 
@@ -186,8 +168,8 @@ class Layer(nn.Module):
         act = nn.SiLU() if relative else nn.GELU()
         self.ff = nn.Sequential(nn.Linear(dim, ffn), act, nn.Linear(ffn, dim))
 
-    def forward(self, x: Tensor, mask: Tensor | None, reach: int, tape: Tape | None) -> Tensor:
-        x = x + self.attn(self.norm1(x), mask, reach, tape)
+    def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
+        x = x + self.attn(self.norm1(x), mask, tape)
         return x + self.ff(self.norm2(x))
 
 
@@ -197,11 +179,9 @@ class Block(nn.Module):
         self.conv = Conv(d_in, d_out, 3, causal)
         self.norm = nn.LayerNorm(d_out) if causal else GroupNorm(8, d_out)
 
-    def forward(self, x: Tensor, valid: Tensor | None, tape: Tape | None) -> Tensor:
-        x = self.conv(x, valid, tape)
-        if self.conv.causal:
-            return F.silu(self.norm(x))  # mish is hardly different and costs a tenth of a step
-        return F.mish(self.norm(x, valid))
+    def forward(self, x: Tensor, tape: Tape | None) -> Tensor:
+        x = self.norm(self.conv(x, tape))  # mish is hardly different and costs a tenth of a step
+        return F.silu(x) if self.conv.causal else F.mish(x)
 
 
 class Stage(nn.Module):
@@ -210,19 +190,17 @@ class Stage(nn.Module):
 
     def __init__(self, cfg: "FlowConfig", d_in: int, d: int, tail: nn.Module | None = None):
         super().__init__()
-        self.time = nn.Linear(cfg.time_dim, d)
+        self.time, self.tail = nn.Linear(cfg.time_dim, d), tail
         self.block1, self.block2 = Block(d_in, d, cfg.causal), Block(d, d, cfg.causal)
         self.skip = Conv(d_in, d, 1)
         self.layers = nn.ModuleList(
             Layer(d, cfg.heads, cfg.head_dim, 4 * d, False) for _ in range(cfg.tf))
-        self.reach, self.tail = cfg.left_chunks * cfg.chunk, tail
 
-    def forward(self, x: Tensor, temb: Tensor, valid: Tensor | None, mask: Tensor | None,
-                tape: Tape | None) -> Tensor:
-        h = self.block1(x, valid, tape) + self.time(F.mish(temb))[:, None]
-        x = self.block2(h, valid, tape) + self.skip(x)
+    def forward(self, x: Tensor, temb: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
+        h = self.block1(x, tape) + self.time(F.mish(temb))[:, None]
+        x = self.block2(h, tape) + self.skip(x)
         for layer in self.layers:
-            x = layer(x, mask, self.reach, tape)
+            x = layer(x, mask, tape)
         return x
 
 
@@ -283,20 +261,19 @@ class Encoder(nn.Module):
             for _ in range(cfg.enc_layers))
         self.norm = nn.LayerNorm(d)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None, pad: tuple[int, int] | None = None,
-                past: int = 0, tape: Tape | None = None) -> Tensor:
+    def forward(self, x, valid=None, pad=None, past=0, tape=None) -> Tensor:
         """Embedded codes (B, L, D) -> (B, L, D). Streaming hands over `look_ahead` neighbours on
         either side too and says in `pad` how many of them do not exist; `past` codes are taped."""
         cfg, n = self.cfg, self.cfg.look_ahead
         x = self.proj_norm(self.proj(x)) * math.sqrt(cfg.dim)
         if self.look is not None:
             a, b = pad or (n, n)
-            x = silence(x, valid)
-            near = self.look(F.pad(x, (0, 0, a, b)).mT).mT
-            x = x[:, n - a:x.shape[1] - n + b] + F.gelu(near)
-        mask = attention_mask(valid, x.shape[1], past, cfg.chunk_codes, cfg.left_chunks, x.device)
+            x = x if valid is None else x * valid[..., None]
+            seen = self.look(F.pad(x, (0, 0, a, b)).mT).mT
+            x = x[:, n - a:x.shape[1] - n + b] + F.gelu(seen)
+        mask = attention_mask(x, valid, past, cfg.chunk_codes, cfg.left_chunks)
         for layer in self.layers:
-            x = layer(x, mask, cfg.left_chunks * cfg.chunk_codes, tape)
+            x = layer(x, mask, tape)
         return self.norm(x)
 
 
@@ -309,9 +286,9 @@ class Regulator(nn.Module):
         self.norms = nn.ModuleList(GroupNorm(1, mel) for _ in range(4))
         self.out = Conv(mel, mel, 1)
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         for conv, norm in zip(self.convs, self.norms):
-            x = F.mish(norm(conv(x, valid), valid))
+            x = F.mish(norm(conv(x)))
         return self.out(x)
 
 
@@ -339,28 +316,24 @@ class Estimator(nn.Module):
                     nn.init.zeros_(m.bias)
         nn.init.zeros_(self.final.weight)  # ours: velocity 0 is a better first guess than any
 
-    def forward(self, x: Tensor, mu: Tensor, spk: Tensor, cond: Tensor, t: Tensor,
-                valid: Tensor | None = None, past: int = 0, tape: Tape | None = None) -> Tensor:
+    def forward(self, x, mu, spk, cond, t, valid=None, past=0, tape=None) -> Tensor:
         """x, mu, cond (B, T, M), spk (B, M), t (B,), valid (B, T) or None -> (B, T, M)"""
-        cfg, levels, skips = self.cfg, [], []
+        cfg, skips = self.cfg, []
         angle = angles(1000 * t, 2 * cfg.mel, 2 * cfg.mel - 1)
         temb = self.time(torch.cat([angle.sin(), angle.cos()], -1).to(x.dtype))  # (B, time_dim)
         base = self.base(x, mu, t[:, None, None].to(x.dtype)) if cfg.spread else 0.0
+        mask = attention_mask(x, valid, past, cfg.chunk, cfg.left_chunks)
         x = torch.cat([x, mu, spk[:, None].expand_as(x), cond], -1)  # (B, T, 4M)
         for stage in self.down:
-            valid = valid if valid is None or not levels else valid[:, ::2]
-            mask = attention_mask(valid, x.shape[1], past, cfg.chunk, cfg.left_chunks, x.device)
-            levels.append((valid, mask))
-            x = stage(x, temb, valid, mask, tape)
-            skips.append(x)
-            x = stage.tail(x, valid, tape)
+            skips.append(stage(x, temb, mask, tape))
+            x = stage.tail(skips[-1], tape)
         for stage in self.mid:
-            x = stage(x, temb, *levels[-1], tape)
+            x = stage(x, temb, mask, tape)
         for stage in self.up:
-            skip, (valid, mask) = skips.pop(), levels.pop()
+            skip = skips.pop()
             x = torch.cat([x[:, :skip.shape[1]], skip], -1)  # an odd length came back one longer
-            x = stage.tail(stage(x, temb, valid, mask, tape), valid, tape)
-        return base + self.final(self.final_block(x, valid, tape))
+            x = stage.tail(stage(x, temb, mask, tape), tape)
+        return base + self.final(self.final_block(x, tape))
 
     def base(self, x: Tensor, mu: Tensor, t: Tensor) -> Tensor:
         """The velocity at x if the mel were N(mu, spread^2), or N(0, 1) where mu is withheld. That
@@ -396,11 +369,8 @@ class Flow(nn.Module):
         self.mu_proj = nn.Linear(cfg.dim, cfg.mel)
         self.regulator = None if cfg.causal else Regulator(cfg.mel)
         self.estimator = Estimator(cfg)
-
-    @property
-    def hop_codes(self) -> int:
-        """Codes to hand to `stream` at a time: three chunks, a good part of the speed of many."""
-        return max(1, 3 * self.cfg.chunk_codes)
+        # codes to hand to `stream` at a time: three chunks, a good part of the speed of many
+        self.hop_codes = max(1, 3 * cfg.chunk_codes)
 
     def forward(self, codes: Tensor, code_lengths: Tensor, mel: Tensor,
                 spk: Tensor) -> tuple[Tensor, Tensor]:
@@ -414,10 +384,11 @@ class Flow(nn.Module):
         total = int(frames.max())
         if mel.shape[1] < total:
             raise ValueError(f"mel has {mel.shape[1]} frames, its codes make {total}")
-        x1, valid = self.normalise(mel[:, :total]), real(frames, total)
+        x1, valid = self.normalise(mel[:, :total]), frame_mask(frames, total)
         mu = self.mean(codes, code_lengths, frames)
+        count = torch.ones_like(x1) if valid is None else valid[..., None].expand_as(x1)
         # Ours has mu be an average mel (Matcha-TTS's prior loss): codes are heeded far sooner.
-        prior = silence((mu - x1).square(), valid).sum() if self.cfg.spread else 0.0
+        prior = ((mu - x1).square() * count).sum() if self.cfg.spread else 0.0
         # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
         known = (torch.rand(b, device=device) * 0.3 * frames).long()
         known = known * (torch.rand(b, device=device) < 0.5)
@@ -428,11 +399,10 @@ class Flow(nn.Module):
 
         z, t = torch.randn_like(x1), torch.rand(b, device=device)
         s = t[:, None, None].to(x1.dtype)
-        xt = (1 - (1 - SIGMA) * s) * z + s * x1
+        xt = (1 - s) * z + s * x1  # published with sigma = 1e-6, which is too small to matter
         v = self.estimator(xt, mu, voice, cond, t, valid)
-        error = silence((v - (x1 - (1 - SIGMA) * z)).square(), valid)
-        loss = (error.sum() + prior) / (frames.sum() * self.cfg.mel)
-        return self.denormalise(xt + (1 - s) * v), loss
+        error = ((v - (x1 - z)).square() * count).sum()
+        return self.denormalise(xt + (1 - s) * v), (error + prior) / count.sum()
 
     def normalise(self, mel: Tensor) -> Tensor:
         return (mel - self.cfg.mel_mean) / self.cfg.mel_std
@@ -450,31 +420,28 @@ class Flow(nn.Module):
         return codes.long()
 
     def mean(self, codes: Tensor, lengths: Tensor, frames: Tensor) -> Tensor:
-        """mu (B, frames.max(), M) of a batch of codes (B, L)."""
-        valid, total = real(lengths, codes.shape[1]), int(frames.max())
+        """mu (B, frames.max(), M) of a batch of codes (B, L). Only a causal flow knows pads."""
+        valid, total = frame_mask(lengths, codes.shape[1]), int(frames.max())
         codes = self.check(codes if valid is None else codes * valid)
         mu = self.mu_proj(self.encoder(self.embed(codes), valid))  # (B, L, M)
         if self.regulator is None:
             return mu.repeat_interleave(int(self.cfg.frames_per_code), 1)[:, :total]
-        mu = [stretch(m[None, :n], f)[0] for m, n, f in zip(mu, lengths.tolist(), frames.tolist())]
-        return self.regulator(nn.utils.rnn.pad_sequence(mu, True), real(frames, total))
+        if valid is not None:
+            raise ValueError("a flow of full context trains on clips of one length")
+        return self.regulator(stretch(mu, total))
 
-    def generate(self, codes: Tensor, spk: Tensor, prompt_codes: Tensor | None = None,
-                 prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
-                 seed: int = 0) -> Tensor:
-        """codes (1, L), spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, frames, M)
-        -> mel (1, frames(L), M). `cfg` is the strength of guidance (0 halves the work).
-
-        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
-        state = self.start(spk, prompt_codes, prompt_mel, steps, cfg, seed)
-        return self.stream(codes, state, final=True)[0]
+    def generate(self, codes: Tensor, *voice, **how) -> Tensor:
+        """codes (1, L) -> mel (1, frames(L), M); `voice` and `how` as of `start`."""
+        return self.stream(codes, self.start(*voice, **how), final=True)[0]
 
     @torch.no_grad()
     def start(self, spk: Tensor, prompt_codes: Tensor | None = None,
               prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
               seed: int = 0) -> FlowState:
-        """The state before the first code. A causal flow renders the prompt here, once: keep the
-        state for later replies with the same voice and seed."""
+        """The state before the first code: spk (1, spk_dim), prompt_codes (1, P), prompt_mel
+        (1, frames(P), M); `cfg` is the strength of guidance (0 halves the work). A causal flow
+        renders the prompt here, once: keep the state for later replies with this voice and seed.
+        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
         if prompt_codes is None:
             prompt_codes = torch.zeros(1, 0, dtype=torch.long, device=spk.device)
         if prompt_mel is None:
@@ -497,18 +464,18 @@ class Flow(nn.Module):
         with `final`. Without causality all mel depends on all codes and leaves with `final`."""
         cfg, mels = self.cfg, [state.prompt[:, :0]]
         state = replace(state, codes=torch.cat([state.codes, self.check(codes)], 1))
-        if not cfg.causal:
-            mel = self.offline(state) if final else mels[0]
-            return self.denormalise(mel), state
-        while True:
+        if final and not cfg.causal:
+            mels.append(self.offline(state))
+        while cfg.causal:
             before = min(state.done, cfg.look_ahead)
             n = state.codes.shape[1] - before
             if not final:
                 n = max(0, n - cfg.look_ahead) // cfg.chunk_codes * cfg.chunk_codes
             if n == 0:
-                return self.denormalise(torch.cat(mels, 1)), state
+                break
             mel, state = self.segment(state, before, min(n, SEGMENT * cfg.chunk_codes))
             mels.append(mel)
+        return self.denormalise(torch.cat(mels, 1)), state
 
     def segment(self, state: FlowState, before: int, n: int) -> tuple[Tensor, FlowState]:
         """Render the next n codes, whole chunks unless the reply ends with them; `before` rendered
@@ -516,9 +483,9 @@ class Flow(nn.Module):
         cfg, ahead = self.cfg, self.cfg.look_ahead
         seen = state.codes[:, :before + n + ahead]
         pad = (ahead - before, before + n + ahead - seen.shape[1])
-        past = min(state.done, cfg.left_chunks * cfg.chunk_codes)
-        tape = Tape(state.encoder)
-        tapes = [Tape(old) for old in state.solver or [[]] * state.steps]
+        reach = cfg.left_chunks * cfg.chunk_codes
+        past, tape = min(state.done, reach), Tape(state.encoder, reach)
+        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver or [[]] * state.steps]
         mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
         mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)
@@ -555,8 +522,8 @@ class Flow(nn.Module):
         x = noise(state.seed, start, start + frames, self.cfg.mel).to(mu)
         grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
         for tape, t, t_next in zip(tapes, grid, grid[1:]):
-            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), None, past,
-                               tape)
+            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), past=past,
+                               tape=tape)
             x = x + (t_next - t) * ((1 + state.cfg) * v[:1] - state.cfg * v[-1:])
         return x
 
@@ -573,8 +540,9 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
     ("length_regulator.model.12.", "regulator.out."),
     *((f"length_regulator.model.{3 * i}.", f"regulator.convs.{i}.") for i in range(4)),
     *((f"length_regulator.model.{3 * i + 1}.", f"regulator.norms.{i}.") for i in range(4)),
-    ("decoder.estimator.", "estimator."), ("time_mlp.linear_1.", "time.0."),
-    ("time_mlp.linear_2.", "time.2."), ("final_proj.", "final."),
+    ("decoder.estimator.", "estimator."),
+    ("time_mlp.linear_1.", "time.0."), ("time_mlp.linear_2.", "time.2."),
+    ("final_proj.", "final."),
     *((f"{part}_blocks.{i}.{a}", f"{part}.{i}.{b}") for part in ("down", "mid", "up")
       for i in range(12) for a, b in (("0.", ""), ("1.", "layers."), ("2.conv.", "tail."),
                                       ("2.", "tail."))),
@@ -583,23 +551,17 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
     ("ff.net.0.proj.", "ff.0."), ("ff.net.2.", "ff.2."))
 
 
-def released_to_ours(key: str) -> str:
-    for old, new in COSYVOICE1:
-        key = key.replace(old, new)
-    return key
-
-
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) as state dict of Flow(FlowConfig.cosyvoice1()). ValueError
     naming a key that is unknown, missing or of another shape."""
+    theirs = {}  # our name -> theirs
+    for key in state:
+        name = key
+        for old, new in COSYVOICE1:
+            name = name.replace(old, new)
+        if name in theirs:
+            raise ValueError(f"{key}: the same weight as {theirs[name]}")
+        theirs[name] = key
     with torch.device("meta"):
         own = Flow(FlowConfig.cosyvoice1()).state_dict()
-    found = {}
-    for key, value in state.items():
-        name = released_to_ours(key)
-        if name not in own or name in found or value.shape != own[name].shape:
-            raise ValueError(f"{key}: no weight of shape {tuple(value.shape)} belongs here")
-        found[name] = value
-    if missing := sorted(own.keys() - found.keys()):
-        raise ValueError(f"{missing[0]}: missing from these weights")
-    return found
+    return exact({name: state[key] for name, key in theirs.items()}, own, theirs)

@@ -321,7 +321,8 @@ class EChat(nn.Module):
         what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
         the row of the blank is short, as nothing else trains it, and could never win by a product.
         """
-        rows = F.normalize(self.decoder.embed_tokens.weight, dim=-1)
+        rows = self.decoder.embed_tokens.weight
+        rows = F.normalize(rows - rows.mean(0), dim=-1)  # three quarters of a row are the mean
         logits = 20 * F.linear(F.normalize(speech, dim=-1), rows)  # (B, S, V)
         return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
                           torch.tensor([len(w) for w in words]), blank, zero_infinity=True)
@@ -415,17 +416,16 @@ class Token2Wav(nn.Module):
 
     def __init__(self, cfg: Config, voice: dict[str, Tensor]):
         super().__init__()
-        self.cfg = cfg
-        self.voice = {k: v.float() if v.is_floating_point() else v for k, v in voice.items()}
+        self.cfg, self.voice = cfg, voice
         own = math.prod(cfg.vocoder.rates) == cfg.vocoder.hop  # HiFT makes the rest by an iSTFT
         self.flow = Flow(cfg.flow)
         self.vocoder = Generator(cfg.vocoder) if own else HiFT(cfg.vocoder)
 
-    def start(self, seed: int = 0, steps: int = 10):
+    def start(self, seed: int = 0, steps: int = 10, voice: dict[str, Tensor] | None = None):
         """The state before the first code; the flow hears the voice's prompt here."""
-        voice = {k: v.to(next(self.parameters()).device) for k, v in self.voice.items()}
-        return self.flow.start(voice["spk"], voice["prompt_codes"], voice["prompt_mel"],
-                               steps=steps, seed=seed), None
+        voice, device = voice or self.voice, next(self.parameters()).device
+        heard = (voice[name].to(device) for name in ("spk", "prompt_codes", "prompt_mel"))
+        return self.flow.start(*heard, steps=steps, seed=seed), None
 
     @torch.inference_mode()
     def stream(self, codes: list[int], state, final: bool = False):

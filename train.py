@@ -287,11 +287,17 @@ class Dialogue:
         load_if_there(self.module, args.init, "model.safetensors")
         if args.whisper:
             self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
+            self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
         if args.ear:
             values = sum(map(len, data.LABELS.values()))
             self.module.cues = nn.Linear(cfg.adapter.d_out, values)
-            self.parameters["model"] += self.module.cues.parameters()
+            D = cfg.adapter.d_in
+            self.module.letters = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * 256))
+            self.module.adapter.embed.register_forward_pre_hook(
+                lambda _, inputs: setattr(self, "convolved", inputs[0]))
+            self.parameters["model"] += [*self.module.cues.parameters(),
+                                         *self.module.letters.parameters()]
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         if args.guide:
             layers = self.module.decoder.layers
@@ -382,6 +388,13 @@ class Dialogue:
             ctc = self.module.ctc(speech[said], lengths[said], words,
                                   self.tok.fixed("<|endoftext|>")[0])
             extra, stats["ctc"] = ctc, (ctc.detach(), 1)
+            spelt = [torch.tensor(list(b"".join(map(self.tok.bytes_of, w.tolist())).lower()))
+                     for w in words]
+            logits = self.module.letters(self.convolved[said]).unflatten(2, (4, 256)).flatten(1, 2)
+            loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(spelt),
+                              4 * lengths[said], torch.tensor([len(w) for w in spelt]),
+                              zero_infinity=True)
+            extra, stats["letters"] = extra + loss, (loss.detach(), 1)
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
         logits = self.module.cues(F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
@@ -393,7 +406,7 @@ class Dialogue:
         return self.args.ear * extra, stats
 
     def save(self, folder: str) -> None:
-        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith("cues.")}
+        kept = {k: v for k, v in self.module.state_dict().items() if not k.startswith(("cues.", "letters."))}
         echat.save_weights(os.path.join(folder, "model.safetensors"), kept)
 
 
@@ -410,6 +423,7 @@ class Clip:
     text: str = ""
     kind: str = "clip"
     codes: list[int] = field(default_factory=list)
+    voice: str = ""  # a voice file, if it is not the checkpoint's own voice
 
 
 class S3:
@@ -435,9 +449,8 @@ class S3:
     def collate(self, clips: list[Clip], seed: str) -> dict:
         mels = [data.features(c.path, self.cfg.n_mels) for c in clips]
         texts = [torch.tensor(list(c.text.encode())) for c in clips]
-        lengths = {name: torch.tensor([len(x) for x in rows])
-                   for name, rows in (("mel_lengths", mels), ("text_lengths", texts))}
-        return {"mel": data.pad_stack(mels), "text": data.pad_stack(texts)} | lengths
+        return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
+                "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)])}
 
     def weight(self, batch: dict) -> int:
         return len(batch["mel"])
@@ -447,18 +460,15 @@ class S3:
         if self.module.training and not self.module.codebook.fitted:
             after = self.args.quantise_after
             if self.step > after - 40:
-                self.gather(batch)
+                with torch.no_grad():
+                    x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
+                self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
             if self.step > after and len(self.recent) > min(40, after):
-                self.module.init_codebook(torch.cat(self.recent))
+                self.module.codebook.fit(torch.cat(self.recent))
                 self.recent = []
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
         return loss, {k: (torch.tensor(float(v)), 1) for k, v in stats.items()}
-
-    @torch.no_grad()
-    def gather(self, batch: dict) -> None:
-        x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
-        self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
 
     def save(self, folder: str) -> None:
         """What encode() needs; the tail and the CTC head were only the teacher."""
@@ -470,77 +480,104 @@ class S3:
 class Voice:
     """Common to flow and vocoder: clips of 24 kHz speech, the token2wav file."""
 
-    whisper = ()
+    whisper, needs_codes, longest, shortest = (), True, 240, 40
 
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = cfg, args
-        voice = os.path.join(args.init or "", "voice.safetensors")
-        self.whole = Token2Wav(cfg, echat.read_weights(voice) if os.path.exists(voice) else {})
+        self.own = os.path.join(args.init or "", "voice.safetensors")
+        self.voices, self.begun = {}, {}  # by voice file; the flow's state after its prompt
+        self.whole = Token2Wav(cfg, {})
         load_if_there(self.whole, args.init, "token2wav.safetensors")
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
-        path = record["extra"].get("reply_wav") or record["wav"]
+        extra = record["extra"]
+        path, codes = extra.get("reply_wav") or record["wav"], extra.get("speech_token") or []
         frames = int(data.seconds_of(path) * 100)
-        codes = record["extra"].get("speech_token") or []
         frames = min(frames, 4 * len(codes)) if self.needs_codes else frames
         length = min(frames, self.longest) // 4 * 4
         if length < self.shortest:
             return "too short"
+        if self.needs_codes and not 0 <= min(codes) <= max(codes) < self.cfg.flow.codes:
+            return "a code outside the codebook"
         first = rng.randint(0, (frames - length) // 4) * 4
-        return Clip(path, first / 100, length, codes=codes[first // 4:(first + length) // 4])
+        return Clip(path, first / 100, length, codes=codes[first // 4:(first + length) // 4],
+                    voice=extra.get("voice") or "")
 
-    def waves(self, clips: list[Clip]) -> Tensor:
+    def collate(self, clips: list[Clip], seed: str) -> dict:
         rate, hop = self.cfg.vocoder.sample_rate, self.cfg.vocoder.hop
         waves = [data.read_wave(c.path, rate, c.start, c.start + c.length / 100) for c in clips]
-        return data.pad_stack([w[:c.length * hop] for w, c in zip(waves, clips)])  # (B, N)
+        waves = [F.pad(w, (0, c.length * hop - len(w))) for w, c in zip(waves, clips)]
+        codes = [torch.tensor(c.codes, dtype=torch.long) for c in clips]
+        lengths, voices = torch.tensor([len(c) for c in codes]), [c.voice for c in clips]
+        return {"wave": data.pad_stack(waves), "codes": data.pad_stack(codes), "lengths": lengths,
+                "voices": voices, "seed": seed}
+
+    def voice(self, path: str) -> dict[str, Tensor]:
+        """The voice of a clip: in its own file (extra.voice), or the checkpoint's."""
+        if path not in self.voices:
+            self.voices[path] = echat.load_voice(path or self.own, self.cfg.flow)
+        return self.voices[path]
+
+    def render(self, batch: dict, row: int) -> Tensor:
+        """The mel (1, T, M) that the flow makes of a clip's codes, as it does when it talks."""
+        path, codes = batch["voices"][row], batch["codes"][row:row + 1, :batch["lengths"][row]]
+        flow, rng = self.whole.flow.to(codes.device), random.Random(f"{batch['seed']} {row}")
+        if path not in self.begun:
+            self.begun[path], _ = self.whole.start(voice=self.voice(path))
+        return flow.stream(codes, replace(self.begun[path], seed=rng.getrandbits(32)), True)[0]
 
     def weight(self, batch: dict) -> int:
         return batch["wave"].shape[0]
 
     def save(self, folder: str) -> None:
-        echat.save_weights(os.path.join(folder, "token2wav.safetensors"), self.folded())
+        echat.save_weights(os.path.join(folder, "token2wav.safetensors"),
+                           fold_weights(self.whole.state_dict()))
 
 
 class FlowStage(Voice):
     """Conditional flow matching: codes -> mel."""
 
-    turns, needs_codes, longest, shortest = ("model",), True, 240, 40
+    turns = ("model",)
 
     def __init__(self, args, cfg, stage):
         super().__init__(args, cfg, stage)
         self.module = self.whole.flow
         self.parameters = {"model": list(self.module.parameters())}
 
-    def collate(self, clips: list[Clip], seed: str) -> dict:
-        codes = [torch.tensor(c.codes) for c in clips]
-        return {"wave": self.waves(clips), "codes": data.pad_stack(codes),
-                "lengths": torch.tensor([len(c) for c in codes]), "seed": seed}
-
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
+        """In training the flow's loss; held out also how far from the real mel a clip of the
+        batch comes out of the solver (L1 of natural-log mels)."""
         mel = mel_spectrogram(batch["wave"], self.cfg.vocoder)
-        spk = self.whole.voice["spk"].to(mel).expand(len(mel), -1)
+        spk = torch.cat([self.voice(path)["spk"] for path in batch["voices"]]).to(mel)
         _, loss = self.module(batch["codes"], batch["lengths"], mel, spk)
-        return loss, {"flow": (loss.detach(), 1)}
-
-    def folded(self) -> dict:
-        return self.whole.state_dict()
+        stats = {"flow": (loss.detach(), 1)}
+        if self.module.training:
+            self.begun.clear()  # of weights that change
+        else:
+            made = self.render(batch, 0)
+            stats["mel"] = F.l1_loss(made, mel[:1, :made.shape[1]]), 1
+        return loss, stats
 
 
 class VocoderStage(Voice):
     """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3)."""
 
-    needs_codes, longest, shortest = False, 34, 32
+    turns = ("discriminator", "generator")
 
     def __init__(self, args, cfg, stage):
         super().__init__(args, cfg, stage)
-        self.module = nn.ModuleDict({"generator": self.whole.vocoder.unfold(),
-                                     "discriminator": Discriminator(cfg.vocoder)})
-        self.turns = ("discriminator", "generator")
+        self.module = nn.ModuleDict(dict(generator=self.whole.vocoder.unfold(),
+                                         discriminator=Discriminator(cfg.vocoder)))
         self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
-        self.step = 0  # the loop's
+        self.step, self.needs_codes = 0, args.on_flow  # the loop's
+        self.longest = self.shortest = 128 if args.on_flow else 32  # the flow wants context
 
-    def collate(self, clips: list[Clip], seed: str) -> dict:
-        return {"wave": self.waves(clips)}
+    def heard(self, batch: dict) -> Tensor:
+        """What the generator is given (B, T, M): the real mel or, with --on-flow, what the flow
+        makes of the same codes, so that it learns to undo the flow's faults."""
+        if not self.args.on_flow:
+            return mel_spectrogram(batch["wave"], self.cfg.vocoder)
+        return torch.cat([self.render(batch, row) for row in range(len(batch["wave"]))])
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """The discriminator's turn, then the generator's, on the same made waves."""
@@ -548,7 +585,7 @@ class VocoderStage(Voice):
         D.requires_grad_(turn == "discriminator")
         alone = self.step <= self.args.mel_only  # mel loss first: a GAN on noise teaches nothing
         if "fake" not in batch:
-            batch["fake"] = G(mel_spectrogram(real, self.cfg.vocoder))
+            batch["fake"] = G(self.heard(batch))
         fake = batch["fake"]
         if turn == "discriminator":
             if alone:
@@ -556,7 +593,7 @@ class VocoderStage(Voice):
             loss = discriminator_loss(D(real)[0], D(fake.detach())[0])
             return loss, {"d": (loss.detach(), 1)}
         loss = mel_loss(real, fake, self.cfg.vocoder)
-        stats = {"mel": (loss.detach(), 1)}
+        stats = {"mel": (loss.detach() / 45, 1)}  # L1 of natural-log mels
         if not alone:
             with torch.no_grad():
                 _, wanted = D(real)
@@ -565,11 +602,6 @@ class VocoderStage(Voice):
             loss = loss + sum(parts.values())
             stats |= {k: (v.detach(), 1) for k, v in parts.items()}
         return loss, stats
-
-    def folded(self) -> dict:
-        vocoder = fold_weights(self.module["generator"].state_dict())
-        return {f"flow.{k}": v for k, v in self.whole.flow.state_dict().items()} \
-            | {f"vocoder.{k}": v for k, v in vocoder.items()}
 
 
 KINDS = {"tokenizer": S3, "flow": FlowStage, "vocoder": VocoderStage}
@@ -636,12 +668,16 @@ class Trainer:
         self.step, self.data_state, self.bad, self.best = 0, None, 0, math.inf
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
-        """Parameter groups: what comes from Whisper may learn at a share of the rate."""
-        whisper = {p for name, p in self.trainee.module.named_parameters()
-                   if name.startswith(self.trainee.whisper)}
-        slow, fast = ([p for p in parameters if (p in whisper) == s] for s in (True, False))
-        return [{"params": p, "scale": scale} for p, scale in
-                ((slow, self.args.whisper_lr), (fast, 1.0)) if p]
+        """Parameter groups: what comes from Whisper may learn at a share of the rate, and what
+        the ear spells with at a multiple: before it can, nothing behind it learns much."""
+        scales = {self.trainee.whisper: self.args.whisper_lr,
+                  ("letters.", "adapter.convs.") if self.args.ear else (): 4.0}
+        groups = {}
+        names = {p: name for name, p in self.trainee.module.named_parameters()}
+        for p in parameters:
+            scale = next((v for k, v in scales.items() if names[p].startswith(k)), 1.0)
+            groups.setdefault(scale, []).append(p)
+        return [{"params": p, "scale": scale} for scale, p in groups.items()]
 
     def config(self) -> echat.Config:
         args = self.args
@@ -856,6 +892,7 @@ def main() -> None:
     p.add_argument("--guide", type=float, default=0.0,
                    help="weight of one head's attention to what is being said")
     p.add_argument("--mel-only", type=int, default=0, help="vocoder: first steps without the GAN")
+    p.add_argument("--on-flow", action="store_true", help="vocoder: on the flow's mels")
     p.add_argument("--quantise-after", type=int, default=300, help="tokenizer: first steps without")
     p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
                    help="LLM stages: what trains, in place of the paper's list (a decoder that is "

@@ -21,8 +21,10 @@ from pickle import UnpicklingError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+import encoder
+from decoder import exact
 
 SLOPE = 0.1  # of every LeakyReLU but the last one, which has torch's default 0.01
 
@@ -72,16 +74,7 @@ def hift() -> VocoderConfig:
 # ---- mel -----------------------------------------------------------------------------------------
 
 def mel_filters(cfg: VocoderConfig, fmax: float) -> Tensor:
-    """Slaney's triangles, linear below 1 kHz, logarithmic above, each of area one -> (M, bins)."""
-    step = math.log(6.4) / 27  # 27 mels from 1 kHz to 6.4 kHz
-    to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
-    mels = torch.linspace(to_mel(cfg.fmin), to_mel(fmax), cfg.n_mels + 2, dtype=torch.float64)
-    hz = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * step))
-    bins = torch.linspace(0, cfg.sample_rate / 2, cfg.n_fft // 2 + 1, dtype=torch.float64)
-    slopes = (bins - hz[:, None]) / hz.diff(append=hz[-1:] + 1)[:, None]  # rising, one per corner
-    falls = (hz[2:, None] - bins) / (hz[2:] - hz[1:-1])[:, None]
-    area = 2 / (hz[2:] - hz[:-2])
-    return (torch.minimum(slopes[:-2], falls).clamp(min=0) * area[:, None]).float()
+    return encoder.mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, cfg.fmin, fmax)  # (M, bins)
 
 
 def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -> Tensor:
@@ -207,17 +200,11 @@ class Generator(nn.Module):
         return self.conv_post(F.leaky_relu(x)).tanh().flatten(1)  # (B, N)
 
     def unfold(self) -> "Generator":
-        """Split every weight into length and direction (weight norm), for training."""
+        """Split every weight into length and direction (weight norm), for training. Back to plain
+        weights, which run faster, by `fold_weights(state_dict())`."""
         for m in self.modules():
             if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)):
                 weight_norm(m)  # dim 0, which for the transposed ones is the input channel
-        return self
-
-    def fold(self) -> "Generator":
-        """Back to plain weights, which run faster; the function stays the same."""
-        for m in list(self.modules()):
-            if parametrize.is_parametrized(m, "weight"):
-                parametrize.remove_parametrizations(m, "weight")
         return self
 
     def context(self) -> tuple[int, int]:
@@ -328,14 +315,15 @@ class HiFT(nn.Module):
         return torch.istft(spec, N_FFT, STEP, window=window).clamp(-0.99, 0.99)
 
 
-# ---- discriminators: forward(wave (B, N)) -> (one score map each, all their feature maps) --------
+# ---- discriminators ------------------------------------------------------------------------------
 
 class ConvStack(nn.Module):
     """Convolutions with LeakyReLU, a last one to a single score; every output is a feature map."""
 
-    def __init__(self, convs: list[nn.Module], post: nn.Module):
+    def __init__(self, norm, layers: list[tuple]):
         super().__init__()
-        self.convs, self.post = nn.ModuleList(convs), post
+        self.convs = nn.ModuleList(norm(Conv1d(*layer)) for layer in layers)
+        self.post = norm(Conv1d(layers[-1][1], 1, 3))
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         features = []
@@ -346,56 +334,31 @@ class ConvStack(nn.Module):
         return score, features + [score]
 
 
-class MPD(nn.Module):
-    """Multi period discriminator: sees every P-th sample; the P phases share weights only."""
+class Discriminator(nn.Module):
+    """Multi period (sees every P-th sample; the P phases share weights only) and multi scale (the
+    wave as it is, at half and at a quarter of the rate)."""
 
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
-        self.periods, c = cfg.periods, (1, *cfg.mpd)
-        strides = [3] * (len(cfg.mpd) - 1) + [1]
-        self.stacks = nn.ModuleList(ConvStack(
-            [weight_norm(Conv1d(c[i], c[i + 1], 5, s)) for i, s in enumerate(strides)],
-            weight_norm(Conv1d(c[-1], 1, 3))) for _ in self.periods)
+        self.periods, strides = cfg.periods, [3] * (len(cfg.mpd) - 1) + [1]
+        period = [(a, b, 5, s) for a, b, s in zip((1, *cfg.mpd), cfg.mpd, strides)]
+        scale = [(a, *layer) for a, layer in zip((1, *(m[0] for m in cfg.msd)), cfg.msd)]
+        self.mpd = nn.ModuleList(ConvStack(weight_norm, period) for _ in self.periods)
+        self.msd = nn.ModuleList(
+            ConvStack(norm, scale) for norm in (spectral_norm, weight_norm, weight_norm))
 
     def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        scores, features = [], []
-        for period, stack in zip(self.periods, self.stacks):
+        """Wave (B, N) -> one score map of each stack, all their feature maps."""
+        views, half = [], wave[:, None, None]  # (B, 1, 1, N)
+        for period in self.periods:
             x = F.pad(wave, (0, -wave.size(1) % period), mode="reflect")
             x = x.unflatten(1, (-1, period)).transpose(1, 2).flatten(0, 1)  # (B * P, N / P)
-            score, maps = stack(x[:, None, None])  # (B * P, 1, 1, N / P)
-            scores, features = scores + [score], features + maps
-        return scores, features
-
-
-class MSD(nn.Module):
-    """Multi scale discriminator: the wave as it is, at half and at a quarter of the rate."""
-
-    def __init__(self, cfg: VocoderConfig):
-        super().__init__()
-        c = (1, *(layer[0] for layer in cfg.msd))
-        self.stacks = nn.ModuleList(ConvStack(
-            [norm(Conv1d(c[i], *layer)) for i, layer in enumerate(cfg.msd)],
-            norm(Conv1d(c[-1], 1, 3))) for norm in (spectral_norm, weight_norm, weight_norm))
-
-    def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        scores, features, x = [], [], wave[:, None, None]  # (B, 1, 1, N)
-        for stack in self.stacks:
-            score, maps = stack(x)
-            scores, features = scores + [score], features + maps
-            x = F.avg_pool2d(x, (1, 4), (1, 2), (0, 2))
-        return scores, features
-
-
-class Discriminator(nn.Module):
-    """Both families as one module."""
-
-    def __init__(self, cfg: VocoderConfig):
-        super().__init__()
-        self.mpd, self.msd = MPD(cfg), MSD(cfg)
-
-    def forward(self, wave: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        (s1, f1), (s2, f2) = self.mpd(wave), self.msd(wave)
-        return s1 + s2, f1 + f2
+            views.append(x[:, None, None])  # (B * P, 1, 1, N / P)
+        for _ in self.msd:
+            views.append(half)
+            half = F.avg_pool2d(half, (1, 4), (1, 2), (0, 2))
+        pairs = [stack(x) for stack, x in zip((*self.mpd, *self.msd), views)]
+        return [score for score, _ in pairs], [m for _, maps in pairs for m in maps]
 
 
 # ---- losses (least squares GAN) ------------------------------------------------------------------
@@ -423,34 +386,19 @@ def mel_loss(real: Tensor, fake: Tensor, cfg: VocoderConfig) -> Tensor:
 # ---- foreign weights -----------------------------------------------------------------------------
 
 def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Replace weight norm, in both of torch's spellings, by plain weights: w = v * g / |v|.
-
-    `fold_weights(generator.state_dict())` is the checkpoint of a generator that goes on training.
-    """
+    """Replace weight norm, in both of torch's spellings, by plain weights: w = v * g / |v|."""
     out = {}
-    for name, v in state.items():
-        for g_end, v_end in ((".weight_g", ".weight_v"), (".parametrizations.weight.original0",
-                                                          ".parametrizations.weight.original1")):
-            if name.endswith(v_end):
-                base = name.removesuffix(v_end)
-                if base + g_end not in state:
-                    raise ValueError(f"{base}{g_end}: missing key")
-                length = v.flatten(1).norm(dim=1).view(-1, *[1] * (v.dim() - 1))
-                name, v = base + ".weight", v * (state[base + g_end] / length)
-        if not name.endswith((".weight_g", ".original0")):
-            out[name] = v
+    for name, w in state.items():
+        if name.endswith((".weight_v", ".weight.original1")):
+            base = name.partition(".parametrizations")[0].removesuffix(".weight_v")
+            g = name[:-1] + {"v": "g", "1": "0"}[name[-1]]
+            if g not in state:
+                raise ValueError(f"{g}: missing")
+            length = w.flatten(1).norm(dim=1).view(-1, *[1] * (w.dim() - 1))
+            out[base + ".weight"] = w * (state[g] / length)
+        elif not name.endswith((".weight_g", ".weight.original0")):
+            out[name] = w
     return out
-
-
-def load_exact(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load `state`, or raise ValueError naming the first key that does not fit."""
-    own = module.state_dict()
-    for name in sorted(own.keys() | state.keys()):
-        if name not in own or name not in state:
-            raise ValueError(f"{name}: {'unknown key' if name in state else 'missing key'}")
-        if own[name].shape != state[name].shape:
-            raise ValueError(f"{name}: {tuple(state[name].shape)}, not {tuple(own[name].shape)}")
-    module.load_state_dict(state)
 
 
 def read_pickled(path: str, what: str) -> dict[str, Tensor]:
@@ -459,10 +407,8 @@ def read_pickled(path: str, what: str) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, UnpicklingError, EOFError) as e:
-        with open(path, "rb") as f:
-            head, reason = f.read(20), str(e).partition("\n")[0][:150]
-        raise ValueError(f"{path}: expected {what}, found a file that begins with {head} "
-                         f"({reason})") from None
+        reason = str(e).partition("\n")[0][:150]
+        raise ValueError(f"{path}: expected {what}, found another file ({reason})") from None
     state = state.get("generator", state) if isinstance(state, dict) else {}
     if not state or not all(isinstance(w, Tensor) for w in state.values()):
         raise ValueError(f"{path}: expected {what}, found something else than weights by name")
@@ -478,7 +424,7 @@ def load_hifigan(path: str) -> Generator:
         raise ValueError(f"{path}: expected a generator of HiFi-GAN with conv_pre.bias of 512, 128 "
                          f"or 256, found {width or 'none'}")
     generator = Generator(hifigan(version, 22050))
-    load_exact(generator, state)
+    generator.load_state_dict(exact(state, generator.state_dict()))
     return generator
 
 
@@ -489,5 +435,5 @@ def load_hift(path: str) -> HiFT:
     state = {k.removeprefix("generator."): v.flatten() if k.endswith(".alpha") else v
              for k, v in state.items()}
     model = HiFT(hift())
-    load_exact(model, state)
+    model.load_state_dict(exact(state, model.state_dict()))
     return model

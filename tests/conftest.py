@@ -102,7 +102,7 @@ def checkpoint(tmp_path_factory, tokenizer_folder):
     echat.save_weights(str(folder / "model.safetensors"), lively(echat.EChat(cfg)))
     echat.save_weights(str(folder / "token2wav.safetensors"), echat.Token2Wav(cfg, {}))
     s3 = SpeechTokenizer(cfg.s3)
-    s3.init_codebook(torch.nn.functional.normalize(torch.randn(200, 16), dim=-1))
+    s3.codebook.fit(torch.nn.functional.normalize(torch.randn(200, 16), dim=-1))
     echat.save_weights(str(folder / "tokenizer_s3.safetensors"), s3)
     echat.save_weights(str(folder / "voice.safetensors"), {
         "spk": torch.randn(1, 8), "prompt_codes": torch.arange(6)[None],

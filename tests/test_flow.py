@@ -118,17 +118,16 @@ def test_full_context_flow_waits_for_the_end():
 # ---- batches, training ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
-def test_padded_batch_is_single(cfg):
-    model, lengths = build(cfg), [20, 3, 9]
-    codes = torch.randint(0, cfg.codes, (3, 20))
-    frames = [cfg.frames(n) for n in lengths]
-    x, cond = torch.randn(2, 3, frames[0], cfg.mel)
-    spk, t = torch.randn(3, cfg.mel), torch.rand(3)
+def test_padded_batch_is_single():
+    model, lengths = build(CAUSAL), [20, 3, 9]
+    codes = torch.randint(0, CAUSAL.codes, (3, 20))
+    frames = [CAUSAL.frames(n) for n in lengths]
+    x, cond = torch.randn(2, 3, frames[0], CAUSAL.mel)
+    spk, t = torch.randn(3, CAUSAL.mel), torch.rand(3)
     with torch.no_grad():
         total = torch.tensor(frames)
         mu = model.mean(codes, torch.tensor(lengths), total)
-        v = model.estimator(x, mu, spk, cond, t, flow.real(total, frames[0]))
+        v = model.estimator(x, mu, spk, cond, t, flow.frame_mask(total, frames[0]))
         for i, (n, f) in enumerate(zip(lengths, frames)):
             one = slice(i, i + 1)
             alone = model.mean(codes[one, :n], torch.tensor([n]), torch.tensor([f]))
@@ -137,20 +136,29 @@ def test_padded_batch_is_single(cfg):
             torch.testing.assert_close(v[one, :f], alone, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
-def test_padding_leaves_loss_and_gradients_alone(cfg):
-    model, lengths = build(cfg), torch.tensor([30, 1])  # chunks of pads only
-    codes = torch.randint(0, cfg.codes, (2, 30))
-    mel = torch.randn(2, cfg.frames(30), cfg.mel)
+def test_padding_leaves_loss_and_gradients_alone():
+    model, lengths = build(CAUSAL), torch.tensor([30, 1])  # chunks of pads only
+    codes = torch.randint(0, CAUSAL.codes, (2, 30))
+    mel = torch.randn(2, CAUSAL.frames(30), CAUSAL.mel)
     losses = []
     for fill in (0, 100):
-        codes[1, 1:], mel[1, cfg.frames(1):] = fill, fill  # 100 is no code: pads are not looked up
+        codes[1, 1:], mel[1, CAUSAL.frames(1):] = fill, fill  # 100 is no code: pads are not read
         torch.manual_seed(1)
-        guess, loss = model(codes, lengths, mel, torch.randn(2, cfg.spk_dim))
+        guess, loss = model(codes, lengths, mel, torch.randn(2, CAUSAL.spk_dim))
         losses.append(loss)
     loss.backward()
     assert losses[0] == losses[1] and guess.shape == mel.shape
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_full_context_trains_on_clips_of_one_length():
+    model = build(FULL)
+    codes, mel = torch.randint(0, FULL.codes, (2, 9)), torch.randn(2, FULL.frames(9), FULL.mel)
+    _, loss = model(codes, torch.tensor([9, 9]), mel, torch.randn(2, FULL.spk_dim))
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    with pytest.raises(ValueError, match="of one length"):
+        model(codes, torch.tensor([9, 8]), mel, torch.randn(2, FULL.spk_dim))
 
 
 def test_conditions_are_dropped_and_prompts_shown(monkeypatch):

@@ -364,6 +364,84 @@ def test_streamed_wave_is_the_wave_at_once(checkpoint):
     assert voice.stream([], state, final=True)[0].shape == (0,)
 
 
+def speaking(voice):
+    """With a velocity that is not born zero, and a voice that is heard."""
+    torch.manual_seed(2)
+    torch.nn.init.normal_(voice.flow.estimator.final.weight, std=0.2)
+    for p in voice.vocoder.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return voice
+
+
+def hops(voice, codes, state, hop):
+    """Pieces of wave and states while codes arrive `hop` at a time."""
+    for at in range(0, len(codes), hop):
+        wave, state = voice.stream(codes[at:at + hop], state)
+        yield wave, state
+
+
+def held(state) -> int:
+    """Bytes that a state keeps alive."""
+    flow, vocoder = state
+    tensors = [flow.codes, flow.prompt, *flow.encoder, *sum(flow.solver, [])]
+    return sum(t.untyped_storage().nbytes() for t in tensors + ([vocoder.mel] if vocoder else []))
+
+
+def test_a_long_reply_takes_no_more_memory_and_has_no_seams(checkpoint):
+    """3,000 codes at once are 2 min; of a stream the state soon has its full size, for ever."""
+    voice, codes = speaking(load_token2wav(str(checkpoint))), some_codes(3000)
+    state = voice.start(steps=1)
+    whole, _ = voice.stream(codes, state, final=True)
+    assert whole.shape == (3000 * 960,) and whole.isfinite().all()
+    pieces, states = zip(*hops(voice, codes[:700], state, voice.flow.hop_codes))
+    assert len({held(s) for s in states[3:-1]}) == 1
+    joined, seams = torch.cat(pieces), torch.tensor([len(p) for p in pieces[:-1]]).cumsum(0)
+    torch.testing.assert_close(joined, whole[:len(joined)], atol=1e-4, rtol=0)
+    jumps, smooth = joined.diff()[seams - 1], whole.diff()[seams - 1]  # a click is a jump more
+    assert smooth.abs().mean() > 1e-3 > 1e-4 > (jumps - smooth).abs().max()
+
+
+def test_first_audio_after_18_codes(checkpoint):
+    cfg = echat.mini()
+    cfg.flow.codes = CODES
+    torch.manual_seed(0)
+    voice = echat.Token2Wav(cfg, {"spk": torch.randn(1, 192), "prompt_mel": torch.zeros(1, 0, 80),
+                                  "prompt_codes": torch.zeros(1, 0, dtype=torch.long)})
+    waves = [wave for wave, _ in hops(voice, some_codes(18), voice.start(steps=1), 1)]
+    first = [len(wave) > 0 for wave in waves].index(True)
+    assert first + 1 <= 18 and voice.flow.hop_codes <= 18
+
+
+@pytest.mark.parametrize("prompt", ["none", "silence", "longer than the reply"])
+def test_odd_replies_and_prompts(checkpoint, prompt):
+    voice = load_token2wav(str(checkpoint))
+    n = {"none": 0, "silence": 6, "longer than the reply": 50}[prompt]
+    level = math.log(1e-5) if prompt == "silence" else -5.0
+    voice.voice |= {"prompt_codes": torch.tensor([some_codes(n)], dtype=torch.long),
+                    "prompt_mel": torch.full((1, 4 * n, 80), level)}
+    state = voice.start(steps=2)
+    for count in (0, 1, 2):
+        wave, _ = voice.stream(some_codes(count), state, final=True)
+        assert wave.shape == (count * 960,) and wave.isfinite().all()
+    for bad in (-1, CODES):
+        with pytest.raises(ValueError, match=f"^speech code {bad} is not in 0..{CODES - 1}$"):
+            voice.stream([0, bad], state)
+
+
+def test_two_voices_say_the_same_codes_differently(checkpoint, tmp_path):
+    """One by its vector, one by its prompt, beside the folder's own."""
+    own, codes = echat.read_weights(str(checkpoint / "voice.safetensors")), some_codes(12)
+    waves = []
+    for name, change in (("own", {}), ("vector", {"spk": -own["spk"]}),
+                         ("prompt", {"prompt_mel": own["prompt_mel"].flip(2)})):
+        echat.save_weights(str(tmp_path / f"{name}.safetensors"), own | change)
+        voice = speaking(load_token2wav(str(checkpoint), str(tmp_path / f"{name}.safetensors")))
+        waves.append(voice.stream(codes, voice.start(), final=True)[0])
+    assert torch.equal(waves[0], voice.stream(codes, voice.start(voice=own), final=True)[0])
+    far = [(waves[a] - waves[b]).abs().mean() / waves[0].std() for a, b in ((0, 1), (0, 2), (1, 2))]
+    assert min(far) > 0.01
+
+
 # ---- checkpoints -------------------------------------------------------------------------------
 
 def test_checkpoint_round_trip(checkpoint, tmp_path):

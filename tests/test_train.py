@@ -8,6 +8,7 @@ import random
 import socket
 import sys
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +16,8 @@ import torch
 from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 
 import train
-from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, think_length,
-                   user_prompt)
+from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, save_weights,
+                   think_length, user_prompt)
 from train import PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate, sequence
 
 V = 303
@@ -363,6 +364,71 @@ def test_loss_parts_add_up(tok, wav, run, lists):
     assert abs(total / trainee.weight(batch) - float(loss)) < 1e-5
     want = counts(samples[0]) + counts(samples[1])
     assert {k: int(n) for k, (_, n) in stats.items()} == want
+
+
+@pytest.fixture
+def spoken(tmp_path, wav, checkpoint):
+    """A list in two voices, the checkpoint's and that of a file, and the other's vector."""
+    other = read_weights(str(checkpoint / "voice.safetensors"))
+    other |= {"spk": -other["spk"], "prompt_codes": other["prompt_codes"].flip(1)}
+    save_weights(str(tmp_path / "other.safetensors"), other)
+    rows = [{"txt": "", "task": "<TEXT2TOKEN>", "wav": wav(1.5, p, 24000), "extra": {
+        "speech_token": some_codes(37, p), "voice": voice}}
+        for p, voice in ((200, ""), (300, str(tmp_path / "other.safetensors")))]
+    return write_list(tmp_path / "spoken.jsonl", rows), other["spk"]
+
+
+def test_the_flow_trains_on_every_voice_and_tells_how_well_it_speaks(run, spoken, monkeypatch):
+    path, spk = spoken
+    trainer = run("flow", [path], steps=2, batch_tokens=300, valid=[path], valid_every=2,
+                  valid_batches=1)
+    trainee, seen = trainer.trainee, []
+    batch = next(trainer.loader([path], 0))[0]
+    monkeypatch.setattr(trainee.module, "forward",
+                        lambda codes, lengths, mel, spk: (seen.append((mel, spk)), torch.zeros(2)))
+    trainee.module.eval()
+    told = trainee.loss("model", batch)[1]["mel"][0]
+    (mel, voices), which = seen[0], ["other" in voice for voice in batch["voices"]]
+    assert sorted(which) == [False, True] and torch.equal(voices[which.index(True)], spk[0])
+    assert torch.equal(voices[which.index(False)], trainee.voice("")["spk"][0])
+    made = trainee.render(batch, 0)
+    assert told == (made - mel[:1]).abs().mean() and log(trainer)[-1]["valid_mel"] > 0
+    batch["voices"].reverse()
+    assert not torch.allclose(trainee.render(batch, 0), made, atol=0.01)
+
+
+def test_vocoder_on_the_flows_own_mels(run, spoken, checkpoint):
+    """The generator hears the flow's mel of the codes of that piece of the wave which it makes.
+    The flow stays as it is; a resumed run is the uninterrupted one."""
+    flags = dict(on_flow=True, mel_only=1, batch_tokens=256)
+    whole = run("vocoder", [spoken[0]], "whole", steps=3, **flags)
+    run("vocoder", [spoken[0]], "parts", steps=2, **flags)
+    parts = run("vocoder", [spoken[0]], "parts", steps=3, resume=True, **flags)
+    a, b, was = (read_weights(str(folder) + "/token2wav.safetensors")
+                 for folder in (whole.args.out, parts.args.out, checkpoint))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.equal(a[k], was[k]) == k.startswith("flow.") for k in a)
+    trainee, batch = whole.trainee, next(whole.loader([spoken[0]], 0))[0]
+    mel = trainee.heard(batch)
+    assert mel.shape == (2, 128, 80) and batch["wave"].shape == (2, 128 * 240)
+    state = replace(trainee.begun[batch["voices"][1]],
+                    seed=random.Random(f"{batch['seed']} 1").getrandbits(32))
+    want, _ = trainee.whole.flow.stream(batch["codes"][1:], state, final=True)
+    assert torch.equal(mel[1:], want) and not torch.equal(mel[:1], want)
+
+
+def test_a_flow_needs_a_voice_and_its_own_codes(run, lists, wav, checkpoint, tmp_path, capsys):
+    mute = copy_of(checkpoint, tmp_path / "mute")
+    (mute / "voice.safetensors").unlink()
+    other = write_list(tmp_path / "other.jsonl", [{
+        "txt": "", "task": "<TEXT2TOKEN>", "wav": wav(1.0, 200, 24000), "extra": {
+            "speech_token": [CODES] * 25}}])
+    for init, path, words in ((mute, lists["tts"], "voice.safetensors"),
+                              (checkpoint, other, "{'a code outside the codebook': 1}")):
+        with pytest.raises(SystemExit) as end:
+            run("flow", [path], init=init)
+        said = capsys.readouterr().err.strip()
+        assert end.value.code == 2 and words in said and len(said.splitlines()) == 1
 
 
 # ---- stages ------------------------------------------------------------------------------------

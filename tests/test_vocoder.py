@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import vocoder
 from vocoder import (HiFT, Discriminator, Generator, StreamState, VocoderConfig,
                      discriminator_loss, feature_loss, fold_weights, generator_loss, harmonics,
-                     hifigan, hift, load_exact, load_hifigan, load_hift, mel_loss, mel_spectrogram)
+                     hifigan, hift, load_hifigan, load_hift, mel_loss, mel_spectrogram)
 
 SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8)
 TINY = VocoderConfig(**SMALL, hop=30, rates=(5, 3, 2), kernels=(10, 6, 4))
@@ -173,31 +173,20 @@ def test_fold_and_unfold_keep_the_function():
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.01 * torch.randn_like(p))
-    moved = model(mel)
+    moved, again = model(mel), Generator(TINY)
     assert not torch.allclose(moved, plain, atol=1e-4)
-    assert torch.allclose(model.fold()(mel), moved, atol=1e-5)
-    assert set(model.state_dict()) == names
+    again.load_state_dict(fold_weights(model.state_dict()))
+    assert torch.allclose(again(mel), moved, atol=1e-5) and set(again.state_dict()) == names
 
 
 def test_a_folded_checkpoint_goes_on_training():
     model, mel = Generator(TINY).unfold(), torch.randn(1, 5, 8)
     again = Generator(TINY)
-    load_exact(again, fold_weights(model.state_dict()))
+    again.load_state_dict(fold_weights(model.state_dict()))
     again.unfold()
     assert torch.allclose(again(mel), model(mel), atol=1e-5)
     again(mel).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in again.parameters())
-
-
-def test_loading_names_the_key_that_does_not_fit():
-    model = Generator(TINY)
-    for change, name in [(lambda s: s.pop("ups.1.bias"), "ups.1.bias: missing"),
-                         (lambda s: s.update(extra=torch.zeros(1)), "extra: unknown"),
-                         (lambda s: s.update({"ups.0.bias": torch.zeros(2)}), "ups.0.bias")]:
-        state = dict(model.state_dict())
-        change(state)
-        with pytest.raises(ValueError, match=name):
-            load_exact(model, state)
 
 
 # published models
@@ -291,7 +280,8 @@ def test_hifigan_is_the_original(kind, dilations):
     held = golden("hifigan")
     model = Generator(VocoderConfig(hop=8, channels=8, rates=(4, 2), kernels=(8, 4), resblock=kind,
                                     mrf_kernels=(3, 5), mrf_dilations=dilations))
-    load_exact(model, fold_weights({k[2:]: w for k, w in held.items() if k.startswith(kind)}))
+    model.load_state_dict(fold_weights({k[2:]: w for k, w in held.items()
+                                        if k.startswith(kind)}))
     torch.testing.assert_close(model(held["mel"]), held[f"wave.{kind}"], atol=1e-5, rtol=0)
 
 
@@ -306,7 +296,7 @@ def test_wrong_files_are_told_in_one_line(tmp_path, load):
     whole = (tmp_path / "file.pt").read_bytes()
     for content in (b"<!DOCTYPE html><html>", whole[:len(whole) // 2], b""):
         (tmp_path / "file.pt").write_bytes(content)
-        with pytest.raises(ValueError, match=r"file.pt: expected .*, found a file that") as e:
+        with pytest.raises(ValueError, match="file.pt: expected .*, found another file") as e:
             load(path)
         assert "\n" not in str(e.value)
     torch.save({"generator": Code()}, path)
@@ -316,7 +306,7 @@ def test_wrong_files_are_told_in_one_line(tmp_path, load):
     with pytest.raises(ValueError, match="found something else than weights by name"):
         load(path)
     torch.save(state, path)
-    with pytest.raises(ValueError, match="found 8|missing key|unknown key|, not "):
+    with pytest.raises(ValueError, match="found 8|missing|no such weight|, expected "):
         load(path)
     with pytest.raises(ValueError, match="weight_g: missing"):
         fold_weights({"conv_pre.weight_v": torch.ones(2, 3, 1)})
@@ -327,10 +317,10 @@ def test_wrong_files_are_told_in_one_line(tmp_path, load):
 
 def test_period_discriminators_are_the_original_2d_ones():
     cfg = VocoderConfig(mpd=(4, 8, 8))
-    critic, wave = Discriminator(cfg).mpd, torch.randn(2, 301)
+    critic, wave = Discriminator(cfg), torch.randn(2, 301)
     scores, features = critic(wave)
-    assert len(scores) == 5 and len(features) == 5 * 4
-    for period, stack, score in zip(cfg.periods, critic.stacks, scores):
+    assert len(scores) == 5 + 3 and len(features) == 5 * 4 + 3 * 6
+    for period, stack, score in zip(cfg.periods, critic.mpd, scores):
         x = F.pad(wave[:, None], (0, -301 % period), mode="reflect").unflatten(2, (-1, period))
         for c in stack.convs:
             x = F.conv2d(x, c.weight[..., None], c.bias, (c.stride[0], 1), (2, 0))

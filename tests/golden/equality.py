@@ -125,7 +125,7 @@ def whispers() -> None:
         states[f"random {name}"] = state
     wave = read_wave(WAVS[-1])
     for name, state in states.items():
-        cfg = encoder.EncoderConfig(**encoder.sizes(encoder.rename(state)))
+        cfg = encoder.EncoderConfig(**encoder.sizes(encoder.rename(state)[0]))
         for seconds in (len(wave) // 320 / 50, 30):  # originals want an even number of frames
             padded = torch.nn.functional.pad(wave, (0, 480000 - len(wave)))[:round(seconds * 16000)]
             mel = encoder.log_mel(padded, cfg.n_mels)
