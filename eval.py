@@ -40,6 +40,7 @@ import numpy as np
 import soundfile as sf
 import torch
 from scipy.signal import resample_poly
+from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
@@ -136,8 +137,7 @@ def rules(dim: str) -> list[tuple[bool, set, re.Pattern]]:
 
 def judge(reply: str, dim: str, label: str) -> str:
     """right | wrong (another value's words) | mixed (words of several) | none (no such words).
-    Strong evidence (address, named feelings) rules out weak (advice, tone); neutral is right if
-    no feeling is named, an event if one of the paper's keywords for it is there."""
+    Strong evidence (address, named feelings) rules out weak; neutral: no feeling is named."""
     found = [(strong, values) for strong, values, pattern in rules(
         "emotion" if dim == "neutral" else dim) if pattern.search(reply.replace("\u2019", "'"))]
     strong = [values for is_strong, values in found if is_strong]
@@ -273,7 +273,7 @@ def taste():
     return lambda wave: float(mos(torch.from_numpy(wave)[None]))
 
 
-def griffin_lim(mel: torch.Tensor, cfg, rounds: int = 60) -> torch.Tensor:
+def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
     """Log-mel (T, M) -> wave (T * hop,) without a network: the baseline of every vocoder."""
     bank = mel_filters(cfg, cfg.fmax or cfg.sample_rate / 2)  # (M, bins)
     power = mel.exp().T  # (M, T)
@@ -355,7 +355,7 @@ def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chat
         ("voice", "interleave", "temperature", "top_k", "top_p"))))
 
 
-def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, torch.Tensor | None]:
+def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor | None]:
     """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
     wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
     if bot.voice:
@@ -594,7 +594,7 @@ def qa(args) -> tuple[str, dict]:
     return score_table(columns), columns
 
 
-def say(bot: Chatbot, record: dict, way: str) -> tuple[str, torch.Tensor | None]:
+def say(bot: Chatbot, record: dict, way: str) -> tuple[str, Tensor | None]:
     """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
     text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
     if way == "model":
@@ -613,7 +613,7 @@ def say(bot: Chatbot, record: dict, way: str) -> tuple[str, torch.Tensor | None]
         bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
 
 
-def rated(text: str, wave: torch.Tensor | None, rate: int, listen, mos) -> dict:
+def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
     """What the ears make of a wave; under 0.1 s it says nothing and every word is an error."""
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
