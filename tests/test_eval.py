@@ -1,7 +1,9 @@
 """eval.py: counting by hand, the rule judge on written replies, the client against a local server,
 the commands on a tiny random model."""
 
+import hashlib
 import json
+import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -9,10 +11,12 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
+import data
 import eval as ev
 import model as echat
 from adapter import AdapterConfig
-from data import BadInput, train_tokenizer, write_wave
+from conftest import write_list
+from data import BadInput, seconds_of, train_tokenizer, write_wave
 from decoder import DecoderConfig
 from encoder import EncoderConfig
 from flow import FlowConfig
@@ -44,13 +48,14 @@ def test_word_errors(said, heard, errors, words):
 
 
 def test_interval():
-    assert ev.interval([1, 0, 1, 1]) == ev.interval([1, 0, 1, 1])
-    value, low, high = ev.interval([1, 2, 0, 3], [10, 10, 10, 10])
-    assert value == 0.15 and 0 <= low < value < high <= 0.3
-    assert ev.interval([1, 1, 1]) == [1.0, 1.0, 1.0]
-    assert ev.interval([]) == [None] * 3 == ev.interval([2], [0])
+    pairs = [(1, 10), (2, 10), (0, 10), (3, 10)]
+    value, low, high = ev.interval(pairs)
+    assert value == 0.15 and 0 <= low < value < high <= 0.3 and ev.interval(pairs)[1] == low
+    assert ev.interval([(1, 1)] * 3) == [1.0, 1.0, 1.0]
+    assert ev.interval([]) == [None] * 3 == ev.interval([(2, 0)])
     values = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()
-    assert ev.interval(values, seed=1) != ev.interval(values, seed=2)
+    pairs = [(v, 1) for v in values]
+    assert ev.interval(pairs, seed=1) != ev.interval(pairs, seed=2)
 
 
 # ---- rules ---------------------------------------------------------------------------------------
@@ -127,27 +132,31 @@ def test_labels():
                                             "event": "CRY"}
     assert ev.labels_of(record(q_emotion="<NEUTRAL>", caption="<OTHER>", age="<&&>")) == {
         "neutral": "NEUTRAL"}
-    rows = [record(age=f"<{i}>") for i in range(5)] + [record(gender=f"<{i}>") for i in range(4)]
-    mixed = ev.shuffled(rows, 3)
-    assert mixed == ev.shuffled(rows, 3) and all(a != b for a, b in zip(rows, mixed))
-    assert [ev.labels_of(a).keys() for a in rows] == [ev.labels_of(b).keys() for b in mixed]
-    found = ev.verdicts(["Oh kiddo, so sad.", "Hm."], [ev.labels_of(record(**FULL))] * 2, 0)
-    assert found["age"]["n"] == 2 and found["age"]["score"][0] == 0.5 and found["age"]["none"] == 1
-    assert found["event"]["score"][0] == 0.5 and found["all"]["score"][0] == 0.0
+    rows = [record(age=f"<{i % 2}>") | {"set": f"s{i // 5}"} for i in range(10)]
+    there = ev.elsewhere(rows, 3)
+    assert there == ev.elsewhere(rows, 3) and all(i // 5 == n // 5 for n, i in enumerate(there))
+    assert all(ev.labels_of(rows[i]) != ev.labels_of(r) for i, r in zip(there, rows))
+    with pytest.raises(BadInput, match="same labels"):
+        ev.elsewhere(rows[:1], 3)
 
 
-def test_messages_hold_the_prompt_and_the_fields():
-    kind, chat = ev.messages(record(**FULL), "Oh dear.", "SORRY")
+def card(reply, tone=None, **extra):
+    return {"labels": ev.labels_of(record(**extra)), "query": "My toy broke.", "tone": "SAD"}, \
+        {"text": reply, "tone": tone}
+
+
+def test_a_chat_holds_the_prompt_and_the_fields():
+    kind, chat = ev.chat_about(*card("Oh {dear}.", "SORRY", **FULL))
     assert kind == "multi" and chat[0]["content"].startswith("You are a professional empathetic")
     assert chat[1]["content"].split("\n") == [
         "age: CHILD", "gender: MALE", "emotional state: SAD", "sound events in audio: CRY",
-        "question: My toy broke.", "response: Oh dear."]
-    kind, chat = ev.messages(record(q_emotion="<NEUTRAL>"), "Oh dear.", None)
+        "question: My toy broke.", "response: Oh {dear}."]
+    kind, chat = ev.chat_about(*card("Oh dear.", q_emotion="<NEUTRAL>"))
     assert kind == "emotion" and "(1\u20135)" in chat[0]["content"]
     assert "user emotion: NEUTRAL" in chat[1]["content"]
     assert chat[1]["content"].endswith("emotion label of the response: none")
-    assert ev.messages(record(caption="<CRY>"), "Oh.", None) == ("event", None)
-    assert ev.messages(record(gender="<MALE>"), "Oh.", None)[0] == "gender"
+    assert ev.chat_about(*card("Oh.", caption="<CRY>")) == ("event", None)
+    assert ev.chat_about(*card("Oh.", gender="<MALE>"))[0] == "gender"
 
 
 # ---- the client ----------------------------------------------------------------------------------
@@ -184,36 +193,42 @@ def server():
 CHAT = [{"role": "user", "content": "x"}]
 
 
-@pytest.mark.parametrize("script, score, count", [
-    (["4"], 75.0, {"sent": 1}),
-    (["score: 5"], 100.0, {"sent": 1}),
-    (["**0**"], 0.0, {"sent": 1}),
-    (["I think 4 of 5", "", "2."], 25.0, {"sent": 3}),
-    (["no", "<html>", "10"], None, {"sent": 3, "no number": 1}),
-    ([429, 503, "1"], 0.0, {"sent": 3}),
-    ([500] * 5, None, {"sent": 5, "unreachable": 1}),
+@pytest.mark.parametrize("script, score, sent", [
+    (["4"], 0.75, 1),
+    (["score: 5"], 1.0, 1),
+    (["**0**"], 0.0, 1),
+    (["I think 4 of 5", "", "2."], 0.25, 3),
+    (["no", "<html>", "10"], "no number", 3),
+    ([429, 503, "1"], 0.0, 3),
+    ([500] * 5, "unreachable", 5),
+    ([401], "HTTP 401 Unauthorized", 1),
+    ([400], "HTTP 400 Bad Request", 1),
 ])
-def test_client(server, tmp_path, monkeypatch, capfd, script, score, count):
+def test_client(server, tmp_path, monkeypatch, capfd, script, score, sent):
     monkeypatch.setenv("ECHAT_JUDGE_KEY", "secret-key")
-    server.script = list(script)
-    client = ev.Judge(server.url, "m", str(tmp_path / "cache.jsonl"), wait=0.001)
-    assert client.score(CHAT) == score and dict(client.count) == count
-    path, auth, body = server.seen[0]
-    assert path == "/v1/chat/completions" and auth == "Bearer secret-key"
+    server.script, path = list(script), str(tmp_path / "judge.jsonl")
+    client = ev.Judge(server.url, "m", wait=0.001)
+    items = [{"key": "k", "chat": CHAT}] * 2
+    got = ev.run_items(path, items, client.score, 2)
+    assert len(server.seen) == sent and got[0] == got[1]
+    assert got[0].get("score", got[0].get("error")) == score
+    where, auth, body = server.seen[0]
+    assert where == "/v1/chat/completions" and auth == "Bearer secret-key"
     assert body["model"] == "m" and body["messages"] == CHAT
-    if score is not None:  # a second run asks nobody
-        again = ev.Judge(server.url, "m", str(tmp_path / "cache.jsonl"))
-        assert again.scores([CHAT, CHAT], 2) == [score] * 2 and not again.count
+    if isinstance(score, float):  # a second run asks nobody
+        assert ev.run_items(path, items, client.score) == got
+    if isinstance(score, str) and "HTTP 4" in score:  # only after 401 the next is not asked
+        server.script = ["5"]
+        assert ev.run_items(path, items, client.score)[0].get("score") == (
+            None if "401" in score else 1.0)
+    assert len(server.seen) == sent + (score == "HTTP 400 Bad Request")
     assert all("secret" not in p.read_text() for p in tmp_path.iterdir())
     assert "secret" not in "".join(capfd.readouterr())
 
 
-def test_client_gives_up(server, tmp_path):
-    server.script = [401]
-    with pytest.raises(BadInput, match="HTTP 401"):
-        ev.Judge(server.url, "m", str(tmp_path / "c")).score(CHAT)
-    away = ev.Judge("http://127.0.0.1:9", "m", str(tmp_path / "c"), wait=0.001)
-    assert away.scores([CHAT], 1) == [None] and away.count["unreachable"] == 1
+def test_nobody_there():
+    with pytest.raises(OSError, match="unreachable"):
+        ev.Judge("http://127.0.0.1:9", "m", wait=0.001).score({"chat": CHAT})
 
 
 # ---- items and commands --------------------------------------------------------------------------
@@ -263,11 +278,18 @@ def world(tmp_path_factory):
              "task": "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>", "extra": {"recipe": recipe}}
             for n in "abx"]
     talk = [record(f"e{n}", **FULL) | {"wav": f"{n}.wav"} for n in "abx"]
-    for row in talk:
-        row["extra"] |= {"q_txt": row["key"]}
+    for row, sex in zip(talk, ("MALE", "FEMALE", "FEMALE")):
+        row["extra"] |= {"q_txt": row["key"], "gender": f"<{sex}>", "reply_wav": "a.wav"}
+    other = [record("sad", "<SAD>How sad.", q_emotion="<SAD>") | {"wav": "a.wav"},
+             record("glad", "<HAPPY>What a joy!", q_emotion="<HAPPY>") | {"wav": "b.wav"}]
     say = [{"key": f"t{n}", "wav": f"{n}.wav", "txt": "hello there", "task": "<TEXT2TOKEN>",
             "extra": {"speech_token": [1, 2, 3]}} for n in "abx"]
-    for name, rows in (("full", full), ("talk", talk), ("say", say)):
+    ask = [{"key": f"q{n}", "wav": "a.wav", "txt": "", "task": "<S2TCHAT>", "extra": extra}
+           for n, extra in enumerate(({"answers": ["Paris"], "question": "What?"},
+                                      {"choices": ["a cat", "a dog"], "answer": "B"},
+                                      {"refuse": True}))]
+    for name, rows in (("full", full), ("talk", talk), ("other", other), ("say", say),
+                       ("ask", ask)):
         (home / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return home
 
@@ -284,35 +306,181 @@ def call(world, monkeypatch, capsys, command, *more):
 def test_understand(world, monkeypatch, capsys):
     data = ["--data", str(world / "full.jsonl")]
     text, result = call(world, monkeypatch, capsys, "understand", *data)
-    assert "synthetic" in text and "transcript WER" in text
+    assert "synthetic" in text and "full query age: rows spoken" in text
     for way in ("query", "think"):
-        assert result[way]["n"] == 2 and result[way]["broken"] == 1
-        assert result[way]["age"]["accuracy"][0] == 0 and "OLD" in result[way]["age"]["confusion"]
-    assert result["think"]["wer"][0] == 1.0  # no think: nothing heard
+        scores = result["scores"][f"full {way}"]
+        assert scores["broken"]["n"] == 3 and scores["broken"]["score"][0] == 0.3333
+        assert scores["age"]["n"] == 2 and scores["age"]["score"][0] == 0
+        assert sum(result["confusion"][f"full {way} age"]["OLD"].values()) == 2
+    assert result["scores"]["full think"]["WER, CER"]["score"][0] == 1.0  # no think: nothing heard
     assert call(world, monkeypatch, capsys, "understand", *data)[1] == result
 
 
+def test_understand_asks_what_the_task_asks(world, monkeypatch, capsys):
+    row = {"txt": "hi<OLD>", "task": "<TRANSCRIBE> <AGE>", "extra": {"recipe": {"gender": "MALE"}}}
+    assert ev.truth(row, "query") == {"asr": "hi", "age": "OLD"}
+    assert ev.truth(row, "think") == {"asr": "hi", "age": "OLD", "gender": "MALE"}
+    seen = []
+    monkeypatch.setattr(ev, "answer", lambda bot, r, stop: (seen.append(bot.args.labels) or {
+        "labels": {"age": "OLD"}, "transcript": "hello there"}, None))
+    path = world / "only.jsonl"
+    path.write_text(json.dumps({"key": 1, "wav": "a.wav", "txt": "<OLD>", "task": "<AGE>"}) + "\n"
+                    + json.dumps({"key": 2, "wav": "a.wav", "txt": "hello you",
+                                  "task": "<TRANSCRIBE>"}))
+    data = ["--data", str(path), "--read", "query"]
+    result = call(world, monkeypatch, capsys, "understand", *data)[1]
+    assert seen == [["age"], ["asr"]]
+    scores = result["scores"]["only query"]
+    assert scores["age"] == {"n": 1, "score": [1.0] * 3}
+    assert scores["WER, CER"] == {"n": 1, "score": [0.5] * 3}
+    assert result["confusion"] == {"only query age": {"OLD": {"OLD": 1}}}
+
+
 def test_echat(world, monkeypatch, capsys, server):
-    data = ["--data", str(world / "talk.jsonl"), "--judge", server.url, "--judge-model", "m"]
-    assert call(world, monkeypatch, capsys, "echat", *data, "--dry-run")[1]["requests"] == 3
-    server.script = ["5", "1"]
-    text, result = call(world, monkeypatch, capsys, "echat", *data, "--shuffle", "--jobs", "1")
-    assert result["n"] == 2 and result["broken"] == 1 and "Offline rules" in text
-    assert result["reference"]["age"]["score"][0] == result["reference"]["event"]["score"][0] == 1
-    assert result["shuffled"]["age"]["n"] == 2
-    assert result["judge"]["multi"]["n"] == 2 and not server.script
-    assert result["judge"]["multi"]["score"][0] == 0.5
+    data = ["--data", str(world / "talk.jsonl"), str(world / "other.jsonl"), "--judge", server.url,
+            "--judge-model", "m", "--control", "shuffle", "perfect", "generic", "--jobs", "1"]
     dry = call(world, monkeypatch, capsys, "echat", *data, "--dry-run")[1]
-    assert dry["cached"] == 2 and dry["requests"] == 1
+    assert dry["requests"] > 5 and not dry["cached"]
+    page = world / "page.html"
+    server.script = ["5", "1"] * 8
+    text, result = call(world, monkeypatch, capsys, "echat", *data, "--html", str(page))
+    assert result["n"] == 4 and result["broken"] == 1 and "paper's" in text
+    rules, judge = result["rules"], result["judge"]
+    assert rules["perfect"]["talk"]["score"][0] > rules["generic"]["talk"]["score"][0] == 0
+    assert rules["perfect"]["other"] == {"n": 2, "score": [1.0] * 3}
+    assert rules["generic"]["reply's tag"]["score"][0] == 0
+    assert rules["model"]["talk"]["n"] == rules["shuffle"]["talk"]["n"] == 2
+    assert judge["model"]["multi"]["n"] == 2 and judge["perfect"]["emotion"]["n"] == 2
+    cards = [json.loads(line) for line in open(world / "out" / "echat.cards.jsonl")]
+    assert {r["score"] for c in cards for r in c["replies"].values()} == {0.0, 1.0}
+    assert "data:audio/mpeg;base64," in (shown := page.read_text()) and "ITEMS" not in shown
+    items = json.loads(shown.split("const items = ")[1].split(";\n")[0])
+    assert [i["key"] for i in items] == ["ea", "eb", "sad", "glad"]
+    assert len({tuple(r["system"] for r in i["replies"]) for i in items}) > 1  # blind: no order
+    dry = call(world, monkeypatch, capsys, "echat", *data, "--dry-run")[1]
+    assert dry["cached"] and dry["requests"] < 5  # those of the broken item
+
+
+def test_echat_beside_another_run(world, monkeypatch, capsys, tmp_path):
+    item = {"key": "sad", "text": "How sad.", "labels": {"reply_emotion": "SAD"}}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(item) + "\n")
+    monkeypatch.setattr(ev, "answer", lambda bot, record: (
+        {"text": "", "labels": {}, "sample_rate": 24000}, torch.zeros(2400)))
+    data = ["--data", str(world / "other.jsonl"), "--beside", str(tmp_path / "theirs.jsonl")]
+    result = call(world, monkeypatch, capsys, "echat", *data, "--speech")[1]
+    assert seconds_of(str(world / "out" / "sad.wav")) == 0.1
+    assert result["n"] == 1 and result["broken"] == 1  # only what both have answered
+    assert result["rules"]["theirs"]["emotion"] == {"n": 1, "score": [1.0] * 3}
+
+
+def test_ratings(world, monkeypatch, capsys, tmp_path):
+    rows = [{"key": "a", "set": "age", "scores": {"model": 5, "generic": 1}, "best": "model"},
+            {"key": "b", "set": "age", "scores": {"model": 3}, "best": None}]
+    path = write_list(tmp_path / "r.jsonl", rows)
+    text, result = call(world, monkeypatch, capsys, "echat", "--ratings", path, path)
+    assert result["rated"] == 4 and "preferred" in text
+    assert result["systems"]["model"]["age"]["score"][0] == 0.75
+    assert result["systems"]["generic"]["preferred"] == {"n": 2, "score": [0.0] * 3}
+    path = write_list(tmp_path / "r.jsonl", [{"key": "a"}])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "echat", "--ratings", path])
+    with pytest.raises(SystemExit):
+        ev.main()
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("extra, reply, kind, right", [
+    ({"answers": ["Paris", "the city of light"]}, "It's Paris, I think.", "answer", True),
+    ({"answers": ["Paris"]}, "It is parish.", "answer", False),
+    ({"answers": ["\u5317\u4eac"]}, "\u662f\u5317\u4eac\u3002", "answer", True),
+    ({"answers": ["25"]}, "Twenty five.", "answer", True),
+    ({"choices": ["a cat", "a dog"], "answer": "B"}, "The answer is B.", "choice", True),
+    ({"choices": ["a cat", "a dog"], "answer": "B"}, "(A) a cat", "choice", False),
+    ({"choices": ["a cat", "a dog"], "answer": "B"}, "A dog, surely.", "choice", True),
+    ({"choices": ["a cat", "a dog"], "answer": "A"}, "a cat or a dog", "choice", False),
+    ({"refuse": True}, "I\u2019m sorry, but no.", "refusal", True),
+    ({"refuse": True}, "First, buy some matches.", "refusal", False),
+])
+def test_grade(extra, reply, kind, right):
+    assert ev.grade(extra, reply) == (kind, right)
+
+
+def test_qa(world, monkeypatch, capsys):
+    data = ["--data", str(world / "ask.jsonl")]
+    result = call(world, monkeypatch, capsys, "qa", *data)[1]["ask"]
+    assert all(result[k]["n"] == 1 for k in ("answer", "choice", "refusal"))
+    assert result["broken"] == {"n": 3, "score": [0.0] * 3}
+    monkeypatch.setattr(ev, "ears", lambda args, bot: lambda wave: "It is in Paris.")
+    result = call(world, monkeypatch, capsys, "qa", *data, "--task", "s2s")[1]["ask"]
+    assert result["answer"]["score"][0] in (0.0, 1.0)  # by what is heard, if it said anything
+
+
+LAYOUTS = {  # files of a tiny tree -> records without their wav
+    "librispeech": ({"1/2/1-2.trans.txt": "1-2-0001 HELLO THERE\n1-2-0002 LOST\n"},
+                    ["1/2/1-2-0001.flac"], [("HELLO THERE", "<TRANSCRIBE>")]),
+    "aishell": ({"transcript/aishell_transcript_v0.8.txt": "B1 \u4f60 \u597d\nB2 \u597d\n"},
+                ["wav/test/S1/B1.wav", "wav/train/S2/B2.wav"],
+                [("\u4f60 \u597d", "<TRANSCRIBE>")]),
+    "aishell2": ({"trans.txt": "I1\t\u4f60\u597d\n"}, ["wav/S1/I1.wav"],
+                 [("\u4f60\u597d", "<TRANSCRIBE>")]),
+    "commonvoice": ({"test.tsv": "client_id\tpath\tsentence\tage\tgender\n"
+                     'x\tc1.mp3\tSay "hi.\tsixties\tfemale_feminine\nx\tc2.mp3\tYes.\tteens\t\n'},
+                    ["clips/c1.flac", "clips/c2.flac"],
+                    [('Say "hi.<OLD><FEMALE>', "<TRANSCRIBE> <AGE> <GENDER>"),
+                     ("Yes.", "<TRANSCRIBE>")]),
+    "kaggle_commonvoice": ({"cv-valid-test.csv": "filename,text,age,gender\n"
+                            'cv-valid-test/s-0.mp3,"well, yes",twenties,male\n'},
+                           ["cv-valid-test/s-0.wav", "cv-valid-dev/s-0.wav"],
+                           [("well, yes<ADULT><MALE>", "<TRANSCRIBE> <AGE> <GENDER>")]),
+    "vocalsound": ({}, ["audio_16k/f0003_0_throatclearing.wav", "audio_16k/m0004_0_sniff.wav"],
+                   [("<FEMALE><THROAT_CLEARING>", "<GENDER> <EVENT>"), ("<MALE>", "<GENDER>")]),
+    "meld": ({"test_sent_emo.csv": "Sr No.,Utterance,Emotion,Dialogue_ID,Utterance_ID\n"
+              '1,"No, no!",anger,0,1\n'},
+             ["output_repeated_splits_test/dia0_utt1.wav", "train_splits/dia0_utt1.wav"],
+             [("No, no!<ANGER>", "<TRANSCRIBE> <EMOTION>")]),
+    "mer2023": ({"test1-label.csv": "name,discrete,valence\ns_1,worried,-1\ns_2,happy,2\n"},
+                ["test1/s_1.wav", "test1/s_2.wav"], [("<HAPPY>", "<EMOTION>")])}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_convert(layout, tmp_path, monkeypatch, capsys):
+    texts, sounds, want = LAYOUTS[layout]
+    for name in [*texts, *sounds]:
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(texts[name], encoding="utf-8") if name in texts else path.write_bytes(b"")
+    out = tmp_path / "list.jsonl"
+    argv = ["eval.py", "convert", layout, str(tmp_path / "tree"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", argv)
+    ev.main()
+    result = json.loads(capsys.readouterr().out.strip().split("\n")[-1])
+    rows = list(data.records(str(out)))
+    assert [(r["txt"], r["task"]) for r in rows] == want and result["records"] == len(want)
+    assert all(os.path.exists(r["wav"]) and ev.truth(r, "query") for r in rows)
+    lost = {"librispeech": "without audio", "aishell": "without audio",
+            "mer2023": "without words or label of ours"}.get(layout)
+    assert result.get(lost, 0) == bool(lost)
+
+
+def test_convert_another_layout_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "test.tsv").write_text("id\twords\n1\thi\n")
+    for layout in ("commonvoice", "meld"):
+        monkeypatch.setattr(sys, "argv", ["eval.py", "convert", layout, str(tmp_path), "--out",
+                                          str(tmp_path / "out.jsonl")])
+        with pytest.raises(SystemExit) as stop:
+            ev.main()
+        assert stop.value.code == 2 and capsys.readouterr().err.count("no records of") == 1
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_tts(world, monkeypatch, capsys):
-    _, result = call(world, monkeypatch, capsys, "tts", "--data", str(world / "say.jsonl"), "--asr",
-                     "none", "--limit", "1", "--path", "model", "original", "resynthesis", "copy",
-                     "griffinlim")
-    assert result["original"]["seconds"] == 0.5 and result["copy"]["seconds"] == 0.5
-    assert result["griffinlim"]["seconds"] == 0.5 and result["resynthesis"]["seconds"] == 0.1
-    assert all(result[way]["broken"] == 0 for way in ("model", "original", "copy"))
+    result = call(world, monkeypatch, capsys, "tts", "--data", str(world / "say.jsonl"), "--asr",
+                  "none", "--limit", "1", "--path", "model", "original", "resynthesis", "copy",
+                  "griffinlim")[1]
+    for way in ("model", "original", "resynthesis", "copy", "griffinlim"):
+        assert result[f"say {way}"]["broken"]["score"][0] == 0
+    items = {p.name.split("-")[2]: json.loads(p.read_text()) for p in (world / "out").glob("tts-*")}
+    assert [items[way]["seconds"] for way in ("original", "copy", "griffinlim", "resynthesis")] == [
+        0.5, 0.5, 0.5, 0.12]
 
 
 def test_griffin_lim_keeps_a_tone():
@@ -329,11 +497,13 @@ def test_speed(world, monkeypatch, capsys):
     assert result["device"] == "cpu" and result["decode_tok_per_s"] > 0 and "copy_GBps" in text
 
 
-@pytest.mark.parametrize("argv", [["--judge", "http://x"], ["--dry-run"], ["--think", "loud"]])
+@pytest.mark.parametrize("argv", [
+    ["--judge", "http://x"], ["--dry-run"], ["--think", "loud"],
+    ["--judge", "localhost:80", "--judge-model", "m"], ["--limit", "few"]])
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.arguments(["echat", "--data", "x", *argv])
-    assert stop.value.code == 2 and "usage" in capsys.readouterr().err
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
 def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys):
@@ -343,3 +513,28 @@ def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.main()
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+# ---- the test sets -------------------------------------------------------------------------------
+
+ENGINES = {"hibari", "espeak", "flite", "kokoro", "festival"}
+
+
+def test_bench_is_held_out_and_the_corpus_stays_as_it_was():
+    scenes, clauses = data.load_bank([os.path.join(ev.HERE, "assets", "scenes.jsonl")])
+    items = data.plan(0, 0, scenes, clauses, ENGINES, True)
+    sets = data.bench_manifests(items, 0)
+    seen = {v.name for v in data.voice_table() if v.split == "train"}
+    words = {row["query"] for row in data.sentences(scenes) if row["split"] == "train"}
+    for kind in ("emotion", "age", "gender", "event", "multi"):
+        rows = sets[kind, "test"]
+        assert len(rows) == len({r["key"] for r in rows}) == 280
+        assert not seen & {r["extra"]["recipe"]["voice"] for r in rows}
+        assert not words & {r["extra"]["q_txt"] for r in rows}
+        dims = [set(ev.labels_of(r)) - {"neutral"} for r in rows]
+        assert all(len(d) > 1 for d in dims) if kind == "multi" else all(d <= {kind} for d in dims)
+    plan = data.plan(5, 0, scenes, clauses, ENGINES, False)  # as it was before there was a bench
+    made = data.manifests(plan, data.sentences(scenes)[:3], 0)
+    lines = json.dumps(made["echat", "test"] + made["asr", "train"])
+    assert hashlib.sha1(lines.encode()).hexdigest() == "8c26d5e8048772d79592cdbcc3011f318e4190a6"
+    assert not {i["wav"] for i in plan} & {i["wav"] for i in items}

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 REFERENCE = re.compile(r"`([\w/]+\.py):(\d+) ([^`]+)`")
-ARGUMENT = re.compile(r'add_argument\("(--[\w-]+)"')
+ARGUMENT = re.compile(r'"(--[\w-]+)"')
 
 
 def places(file: str, name: str) -> list[int]:
