@@ -298,14 +298,14 @@ class Dialogue:
             self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
         if args.ear:
-            values = sum(map(len, data.LABELS.values()))
-            self.module.cues = nn.Linear(cfg.adapter.d_out, values)
-            D = cfg.adapter.d_in
-            self.module.letters = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * 256))
+            D, labels = cfg.adapter.d_in, sum(map(len, data.LABELS.values()))
+            self.module.ear = nn.ModuleDict({  # letters: bytes, 50 a second
+                "letters": nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 4 * 256)),
+                "cues": nn.Linear(cfg.adapter.d_out, labels)})
+            load_if_there(self.module.ear, args.init, "ear.safetensors")
+            self.parameters["model"] += self.module.ear.parameters()
             self.module.adapter.embed.register_forward_pre_hook(
                 lambda _, inputs: setattr(self, "convolved", inputs[0]))
-            self.parameters["model"] += [*self.module.cues.parameters(),
-                                         *self.module.letters.parameters()]
         self.make = partial(sequence, stage=stage, tok=self.tok, cfg=cfg)
         if args.guide:
             layers = self.module.decoder.layers
@@ -453,14 +453,14 @@ class Dialogue:
             extra, stats["ctc"] = ctc, (ctc.detach(), 1)
             spelt = [torch.tensor(list(b"".join(map(self.tok.bytes_of, w.tolist())).lower()))
                      for w in words]
-            logits = self.module.letters(self.convolved[said]).unflatten(2, (4, 256)).flatten(1, 2)
+            logits = self.module.ear["letters"](self.convolved[said]).unflatten(2, (4, 256)).flatten(1, 2)
             loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(spelt),
                               4 * lengths[said], torch.tensor([len(w) for w in spelt]),
                               zero_infinity=True)
             extra, stats["letters"] = extra + loss, (loss.detach(), 1)
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
-        logits = self.module.cues(F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
+        logits = self.module.ear["cues"](F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
         for i, part in enumerate(logits.split([len(v) for v in data.LABELS.values()], 1)):
             if (known := batch["cues"][:, i] >= 0).any():
                 loss = F.cross_entropy(part[known], batch["cues"][known, i])
@@ -469,7 +469,10 @@ class Dialogue:
         return self.args.ear * extra, stats
 
     def save(self, folder: str, state: dict) -> None:
-        kept = {k: v for k, v in state.items() if not k.startswith(("cues.", "letters."))}
+        heads = {k[4:]: v for k, v in state.items() if k.startswith("ear.")}
+        if heads:
+            echat.save_weights(os.path.join(folder, "ear.safetensors"), heads)
+        kept = {k: v for k, v in state.items() if not k.startswith("ear.")}
         echat.save_weights(os.path.join(folder, "model.safetensors"), kept)
 
 
@@ -781,7 +784,7 @@ class Trainer:
         the ear spells with at a multiple: before it can, nothing behind it learns much. AdamW
         wants what may be sharded, the decoder, in groups of its own."""
         scales = {self.trainee.whisper: self.args.whisper_lr,
-                  ("letters.", "adapter.convs.") if self.args.ear else (): 4.0}
+                  ("ear.letters.", "adapter.convs.") if self.args.ear else (): 4.0}
         groups, mine = {}, set(parameters)
         for name, p in self.trainee.module.named_parameters():
             if p in mine:
@@ -1001,7 +1004,7 @@ class Trainer:
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
         "L40S": 362e12, "4090": 165e12, "910B": 376e12}
 CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
-           "tokenizer_s3.safetensors", "voice.safetensors")
+           "tokenizer_s3.safetensors", "voice.safetensors", "ear.safetensors")
 
 
 def setup(device: str) -> tuple:

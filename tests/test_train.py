@@ -497,6 +497,9 @@ def test_the_ear_learns_words_and_labels(run, lists, checkpoint):
         assert lines[19][name] < 0.8 * lines[0][name]
     saved = read_weights(os.path.join(trainer.args.out, "model.safetensors"))
     assert saved.keys() == read_weights(str(checkpoint / "model.safetensors")).keys()
+    again = run("align", [lists["asrp"]], init=trainer.args.out, out="again", steps=0, ear=1.0)
+    for mine, theirs in zip(*(t.trainee.module.ear.parameters() for t in (trainer, again))):
+        assert torch.equal(mine, theirs)  # a later stage goes on with the same heads
     with torch.no_grad():  # the losses add up, the ear's by its weight
         record = next(train.data.records(lists["asrp"]))
         batch = trainer.trainee.collate([made(record, trainer.trainee.tok)], "")
