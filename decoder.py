@@ -30,7 +30,7 @@ class SharedPrefix:
     continues it. A prompt of 40 to 75 tokens is a fifth to a half of a training sequence.
     """
 
-    max_len = float("inf")
+    max_len, pads = float("inf"), None
 
     def __init__(self):
         self.kv, self.length = [], 0
@@ -110,9 +110,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(index, k, v)  # (B, K, S, E)
         if T == 1:
-            # The one new position sees every key, so the queries that share a key head can stand
-            # in for its time axis: no mask, and the cache is read in place, not copied per query.
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v)
+            # One position needs no causality, so the queries that share a key head can stand in
+            # for its time axis: the cache is read in place, not copied per query.
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v, mask)
         else:  # repeated by hand: not every fused kernel knows both a mask and enable_gqa
             k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))  # (B, H, S, E)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -162,17 +162,17 @@ class DecoderConfig:
 class KVCache:
     """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place.
 
-    `length` positions are filled, equally in every row; set it back to forget the newest.
-    Rows of different lengths will not need left pads: with `length` (B,), scatter each new key
-    at its row's own length and mask what lies beyond, which is old or zero but always finite.
+    `length` positions are filled; set it back to forget the newest. Rows of different lengths end
+    together: `pads` (B,) says how many positions before each row are nothing, and seen by nobody.
     """
 
     def __init__(self, cfg: DecoderConfig, batch: int, max_len: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                 pads: Tensor | None = None):
         shape = (cfg.n_layers, batch, cfg.n_kv_heads, max_len, cfg.head_dim)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length, self.max_len = 0, max_len
+        self.length, self.max_len, self.pads = 0, max_len, pads
 
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's k, v (B, K, T, E) behind `length`; views (B, K, S, E) of all so far."""
@@ -180,6 +180,11 @@ class KVCache:
         self.k[index, :, :, self.length:end] = k
         self.v[index, :, :, self.length:end] = v
         return self.k[index, :, :, :end], self.v[index, :, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all other rows of the batch."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.pads = None if self.pads is None else self.pads[rows]
 
 
 class Decoder(nn.Module):
@@ -219,13 +224,15 @@ class Decoder(nn.Module):
         T, past = x.shape[1], cache.length if cache is not None else 0
         if cache is not None and past + T > cache.max_len:
             raise ValueError(f"{past} + {T} positions do not fit a cache of {cache.max_len}")
+        every = torch.arange(past + T, device=x.device)  # (S,)
+        if cache is not None and cache.pads is not None:
+            mask = every >= cache.pads[:, None]
         if positions is None:
-            positions = (torch.arange(past, past + T, device=x.device) if mask is None
-                         else (mask.cumsum(1) - 1).clamp(min=0)[:, past:])
+            positions = every[past:] if mask is None else (mask.cumsum(1) - 1).clamp(0)[:, past:]
         cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         seen = None  # plain causal with nothing cached: the kernel needs no mask and is fastest
         if mask is not None or (past and T > 1):
-            seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
+            seen = every <= every[past:, None]  # (T, S)
             seen = seen if mask is None else seen & mask[:, None, None]  # (B, 1, T, S)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, seen, cache, index)

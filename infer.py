@@ -1,6 +1,7 @@
 r"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
 
     python infer.py question.wav                     # writes question.reply.wav
+    python infer.py *.wav --out replies/             # eight at once
     python infer.py question.wav --stream --out -    # raw 16-bit PCM on stdout, for a player
     python infer.py --task tts --text "Hello there." --out hello.wav
     python infer.py question.wav --task understand --labels asr,emotion,age
@@ -10,10 +11,6 @@ r"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
 
 Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything else.
 """
-import time
-
-BEGUN = time.time()  # before the heavy imports: the user waits for these too
-
 import argparse
 import codecs
 import functools
@@ -22,6 +19,7 @@ import math
 import os
 import re
 import sys
+import time
 
 import torch
 from tqdm import tqdm
@@ -32,6 +30,7 @@ from encoder import log_mel
 from model import BadCheckpoint, Sampling
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+AT_ONCE = 8  # wavs
 SHORTEST, SILENCE = 0.2, 1e-4  # seconds, peak
 EMOTION = re.compile(r"^<([^<>]+)>\s*")
 
@@ -79,8 +78,10 @@ class Chatbot:
             raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
         return echat.load_cosyvoice(folder, args.voice, self.device)
 
-    def hear(self, path: str) -> torch.Tensor:
+    def hear(self, path: str | None) -> torch.Tensor | None:
         """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
+        if path is None:
+            return None
         wave = read_wave(path)
         if len(wave) < SHORTEST * 16000:
             raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
@@ -97,64 +98,34 @@ class Chatbot:
         return {name: Sampling(**vars(base) | given)
                 for name, base in (("text", own), ("speech", self.model.cfg.speech))}
 
-    def tokens(self, mel, text: str):
-        args = self.args
+    def answers(self, mels: list, text: str):
+        """Tokens of the answers to several questions at once, as EChat.generate yields them."""
+        args, think = self.args, self.args.think
         if args.task == "understand":
             text = echat.user_prompt(args.labels)
-        elif args.think == "natural" and mel is not None and self.model.cfg.language == "en":
+        elif think == "natural" and mels[0] is not None and self.model.cfg.language == "en":
             text = echat.NATURAL
-        return self.model.answer(self.tok, args.task, mel, text, think=args.think != "off",
-                                 interleave=args.interleave, history=self.history, seed=args.seed,
-                                 max_tokens=args.max_tokens, how=self.sampling())
+        return self.model.answers(
+            self.tok, args.task, [(mel, text, self.history) for mel in mels], think != "off",
+            args.interleave, seed=args.seed, max_tokens=args.max_tokens, how=self.sampling())
+
+    def tokens(self, mel, text: str):
+        """One answer as (phase, token)."""
+        return (said for _, *said in self.answers([mel], text))
+
+    def turns(self, wavs: list, mels: list, text: str, start: float):
+        """Several turns at once as events (index, ...): "text", piece; "audio", wave chunk;
+        "done", result, wave. Their time counts from `start`."""
+        replies = [Reply(self, *heard, text, start) for heard in zip(wavs, mels)]
+        for i, phase, token in self.answers(mels, text):
+            yield from ((i, *event) for event in replies[i].take(phase, token))
+        for i, reply in enumerate(replies):
+            yield from ((i, *event) for event in reply.end())
 
     def turn(self, path: str | None, text: str):
-        """One turn as events: ("text", piece), ("audio", wave chunk), ("done", result, wave).
-
-        Audio comes in pieces only with --stream: all codes at once are rendered twice as fast.
-        """
+        """One turn as events, see `turns`."""
         start = time.time()
-        mel = None if path is None else self.hear(path)
-        words, codes, waves, times = [], [], [], {}
-        state, spoken, utf8 = None, 0, codecs.getincrementaldecoder("utf-8")("replace")
-        hop = self.voice.flow.hop_codes if self.voice and self.args.stream else math.inf
-
-        def speak(final: bool):
-            nonlocal state, spoken
-            wave, state = self.voice.stream(codes[spoken:], state or self.start(self.args.seed),
-                                            final)
-            spoken = len(codes)
-            if len(wave):
-                times.setdefault("first_audio_s", time.time() - start)
-                waves.append(wave)
-                yield "audio", wave
-
-        for kind, token in self.tokens(mel, text):
-            if kind == "text":
-                times.setdefault("first_text_s", time.time() - start)
-                words.append(token)
-                piece = self.tok.bytes_of(token) if token != self.tok.im_end else b""
-                yield "text", utf8.decode(piece)
-            elif token != self.model.cfg.decoder.codes:  # not the open or close of speech
-                codes.append(token)
-                if len(codes) - spoken >= hop:
-                    yield from speak(False)
-        if codes and self.voice:
-            yield from speak(True)
-        wave = torch.cat(waves) if waves else None
-        rate = self.model.cfg.vocoder.sample_rate
-        seconds = 0.0 if wave is None else len(wave) / rate
-        times |= {"load_s": self.load_s, "total_s": time.time() - start}
-        times["rtf"] = times["total_s"] / seconds if seconds else None
-        answer = self.read(words)
-        if self.args.task == "tts":
-            answer["text"] = answer["text"] or text
-        if self.args.task in ("s2s", "s2t"):
-            self.history = (self.history + [(mel, answer["text"], codes)])[-5:]  # as released
-        yield "done", {
-            "wav": path, "task": self.args.task, **answer, "audio": None, "sample_rate": rate,
-            "seconds": round(seconds, 3), "codes": len(codes), "timings": {
-                k: times.get(k) and round(times[k], 3)
-                for k in ("load_s", "first_text_s", "first_audio_s", "total_s", "rtf")}}, wave
+        return (event for _, *event in self.turns([path], [self.hear(path)], text, start))
 
     def read(self, ids: list[int]) -> dict:
         """Text ids of an answer -> think, transcript, labels, reply text."""
@@ -176,6 +147,65 @@ class Chatbot:
             found["reply_emotion"], text = tag[1], text[tag.end():]
         transcript = found.pop("transcript")
         return {"think": think, "transcript": transcript, "labels": found, "text": text.strip()}
+
+
+class Reply:
+    """A turn as it is said: its text, its codes, and the audio made of them.
+
+    Audio comes in pieces only with --stream: all codes at once are rendered twice as fast.
+    """
+
+    def __init__(self, bot: Chatbot, wav: str | None, mel, text: str, start: float):
+        self.bot, self.wav, self.mel, self.asked, self.begun = bot, wav, mel, text, start
+        self.words, self.codes, self.waves, self.times = [], [], [], {}
+        self.state, self.spoken = None, 0
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.hop = bot.voice.flow.hop_codes if bot.voice and bot.args.stream else math.inf
+
+    def note(self, what: str) -> None:
+        self.times.setdefault(what, time.time() - self.begun)
+
+    def take(self, phase: str, token: int):
+        """A token -> the events that it causes."""
+        if phase == "text":
+            self.note("first_text_s")
+            self.words.append(token)
+            piece = self.bot.tok.bytes_of(token) if token != self.bot.tok.im_end else b""
+            yield "text", self.utf8.decode(piece)
+        elif token != self.bot.model.cfg.decoder.codes:  # not the open or close of speech
+            self.codes.append(token)
+            if len(self.codes) - self.spoken >= self.hop:
+                yield from self.speak(False)
+
+    def speak(self, final: bool):
+        state = self.state or self.bot.start(self.bot.args.seed)
+        wave, self.state = self.bot.voice.stream(self.codes[self.spoken:], state, final)
+        self.spoken = len(self.codes)
+        if len(wave):
+            self.note("first_audio_s")
+            self.waves.append(wave)
+            yield "audio", wave
+
+    def end(self):
+        """The rest of the audio, then the whole: ("done", result, wave)."""
+        bot, task = self.bot, self.bot.args.task
+        if self.codes and bot.voice:
+            yield from self.speak(True)
+        wave = torch.cat(self.waves) if self.waves else None
+        rate = bot.model.cfg.vocoder.sample_rate
+        seconds = 0.0 if wave is None else len(wave) / rate
+        self.note("total_s")
+        times = {"load_s": bot.load_s, "first_text_s": None, "first_audio_s": None, **self.times}
+        times["rtf"] = times["total_s"] / seconds if seconds else None
+        answer = bot.read(self.words)
+        if task == "tts":
+            answer["text"] = answer["text"] or self.asked
+        if task in ("s2s", "s2t"):  # what the next turn remembers, as released
+            bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
+        yield "done", {
+            "wav": self.wav, "task": task, **answer, "audio": None, "sample_rate": rate,
+            "seconds": round(seconds, 3), "codes": len(self.codes),
+            "timings": {k: v if v is None else round(v, 3) for k, v in times.items()}}, wave
 
 
 def read_labels(text: str, wanted: list[str]) -> dict:
@@ -225,31 +255,59 @@ def emit(event: dict, raw: bool) -> None:
     print(json.dumps(event, ensure_ascii=False), file=sys.stderr if raw else sys.stdout, flush=True)
 
 
-def play(bot: Chatbot, wav: str | None, text: str) -> None:
-    """Run one turn and write what the flags ask for."""
-    args, raw = bot.args, bot.args.out == "-"
-    target = None if raw else reply_path(wav, args.out)
-    rate, chunks = bot.model.cfg.vocoder.sample_rate, 0
-    with tqdm(desc=os.path.basename(wav or args.task), unit=" tokens", leave=False,
+def tell(error: BadInput) -> None:
+    print(f"infer.py: {error}", file=sys.stderr)
+
+
+def play(bot: Chatbot, wavs: list[str | None]) -> bool:
+    """Run one turn, or several at once, and write what the flags ask for. False: some failed."""
+    start, asked, good = time.time(), [], True
+    for wav in wavs:
+        try:
+            asked.append((wav, bot.hear(wav)))
+        except BadInput as e:
+            good = tell(e)
+    if not asked:
+        return False
+    names, mels = zip(*asked)
+    chunks = iter(range(10**9))
+    with tqdm(desc=os.path.basename(names[0] or bot.args.task), unit=" tokens", leave=False,
               disable=not sys.stderr.isatty()) as bar:
-        for event, *payload in bot.turn(wav, text):
+        for i, event, *payload in bot.turns(names, mels, bot.args.text, start):
             bar.update()
-            if event == "audio" and raw:
-                pcm = (payload[0].clamp(-1, 1) * 32767).round().short()
-                sys.stdout.buffer.write(pcm.numpy().tobytes())
-                sys.stdout.buffer.flush()
-            elif event == "audio" and args.stream:
-                path = f"{os.path.splitext(target)[0]}.{chunks:03d}.wav"
-                write_wave(path, payload[0], rate)
-                chunks += 1
-                if args.json:
-                    emit({"event": "audio", "path": path, "samples": len(payload[0])}, raw)
-            elif event == "text" and payload[0] and args.stream and args.json:
-                emit({"event": "text", "text": payload[0]}, raw)
-    result, wave = payload
+            if event != "done":
+                bot.args.stream and piece(bot, names[i], event, payload[0], chunks)
+                continue
+            try:
+                whole(bot, *payload)
+            except BadInput as e:
+                good = tell(e)
+    return bool(good)
+
+
+def piece(bot: Chatbot, wav: str | None, event: str, what, chunks) -> None:
+    """A piece of a streamed reply: text as JSON, audio as PCM on stdout or as a chunk file."""
+    args, raw = bot.args, bot.args.out == "-"
+    if event == "text":
+        told = {"event": "text", "text": what} if what else None
+    elif raw:
+        sys.stdout.buffer.write((what.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
+        sys.stdout.buffer.flush()
+        return
+    else:
+        path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{next(chunks):03d}.wav"
+        write_wave(path, what, bot.model.cfg.vocoder.sample_rate)
+        told = {"event": "audio", "path": path, "samples": len(what)}
+    if told and args.json:
+        emit(told, raw)
+
+
+def whole(bot: Chatbot, result: dict, wave: torch.Tensor | None) -> None:
+    """A reply as it is written in the end: the wav, the JSON or the lines for people."""
+    args, raw = bot.args, bot.args.out == "-"
     if wave is not None and not raw:
-        write_wave(target, wave, rate)
-        result["audio"] = target
+        result["audio"] = reply_path(result["wav"], args.out)
+        write_wave(result["audio"], wave, result["sample_rate"])
     if args.json:
         emit({"event": "done", **result} if args.stream else result, raw)
     else:
@@ -308,42 +366,39 @@ def arguments() -> argparse.Namespace:
     return args
 
 
-def turns(args: argparse.Namespace):
-    """The wavs of the command line (None for a task without), then those a person types."""
-    yield from args.wavs or ([] if args.interactive else [None])
+def groups(args: argparse.Namespace):
+    """Wavs to answer at once: those of the command line, then each one that a person types."""
+    size = 1 if args.stream or args.interactive else AT_ONCE
+    wavs = args.wavs or ([] if args.interactive else [None])  # None: a task without
+    yield from (wavs[i:i + size] for i in range(0, len(wavs), size))
     while args.interactive:
         if sys.stdin.isatty():
             print("wav: ", end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             return
         if line.strip():
-            yield line.strip()
+            yield [line.strip()]
 
 
 def main() -> None:
-    args = arguments()
-    failed = False
+    args, good = arguments(), True
     try:
         bot = Chatbot(args, args.tokenizer, args.token2wav)
         if args.out and args.out.endswith("/"):
             os.makedirs(args.out, exist_ok=True)
-        for wav in turns(args):
-            try:
-                play(bot, wav, args.text)
-            except BadInput as e:
-                print(f"infer.py: {e}", file=sys.stderr)
-                failed = True
-            if not args.interactive:
-                bot.history = []
+        for wavs in groups(args):
+            good &= play(bot, wavs)
+            bot.history = bot.history if args.interactive else []
     except (BadInput, BadCheckpoint) as e:
-        print(f"infer.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(e) or 2)
+    except BrokenPipeError:  # the player was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
     except OSError as e:
-        print(f"infer.py: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(tell(f"{e.filename or ''}: {e.strerror or e}") or 2)
     except KeyboardInterrupt:
         sys.exit(1)
-    sys.exit(2 if failed else 0)
+    sys.exit(0 if good else 2)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, lo
 from flow import Flow, FlowConfig, load_cosyvoice1
 from vocoder import Generator, HiFT, VocoderConfig, hift, load_hift
 
-AUDIO = -1
+AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
 THINK, THINK_END = "<think>", "<think end>"
 
@@ -234,27 +234,62 @@ PRESETS = {"mini": mini, "small": small, "paper": paper}
 # The model
 
 
-def sample(logits: Tensor, how: Sampling, past: list[int], rng: torch.Generator) -> Tensor:
-    """One id from logits (V,): repetition penalty, temperature, top-k, top-p, then a draw."""
-    if how.repetition != 1.0 and past:
-        ids = torch.tensor(past, device=logits.device)
-        seen = logits[ids]
-        logits = logits.scatter(0, ids, torch.where(seen > 0, seen / how.repetition,
-                                                    seen * how.repetition))
+def sample(logits: Tensor, how: Sampling, past: list[list[int]],
+           rngs: list[torch.Generator]) -> Tensor:
+    """Ids (B,) from logits (B, V): repetition penalty, temperature, top-k, top-p, then a draw.
+
+    past, rngs: of each row the ids so far and the dice, so that a row gets what it gets alone."""
+    if how.repetition != 1.0:
+        logits = logits.clone()
+        for row, ids in zip(logits, past):
+            row[ids] = torch.where(row[ids] > 0, row[ids] / how.repetition,
+                                   row[ids] * how.repetition)
     if how.temperature == 0:
-        return logits.argmax()
-    logits = logits.float() / how.temperature
-    if how.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(how.top_k, len(logits)))[0][-1],
-                                    -torch.inf)
-    if how.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p > how.top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(0, order, ranked)
+        return logits.argmax(-1)
+    ranked, order = logits.float().topk(min(how.top_k or logits.shape[1], logits.shape[1]))
+    p = (ranked / how.temperature).softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p > how.top_p, 0)
     # Gumbel trick with noise from a CPU generator: the same seed gives the same reply anywhere.
-    noise = torch.rand(len(logits), generator=rng).clamp_(1e-20).log_().neg_()
-    return (logits.softmax(-1) / noise.to(logits.device)).argmax()
+    noise = torch.stack([torch.rand(p.shape[1], generator=rng) for rng in rngs])
+    chosen = (p / noise.clamp_(1e-20).log_().neg_().to(p.device)).argmax(-1, keepdim=True)
+    return order.gather(1, chosen)[:, 0]
+
+
+def phases(layout: str, think: bool, tok, close: int):
+    """Who says the next token, "text" or "speech": a coroutine that is sent each token as it is
+    said, and at the end of the answer yields None. The layouts are those of `generate`."""
+    opened = layout == "speech"  # by the prompt of tts
+    token, seen = tok.im_end if opened else None, b""
+    while True:
+        words = spoken = 0
+        while token != tok.im_end and not (layout == "interleave" and words == TEXT_BLOCK):
+            token = yield "text"
+            if think:  # comes whole, before the first block
+                seen += tok.bytes_of(token)
+                think = THINK_END.encode() not in seen
+            else:
+                words += 1
+        if layout == "text":
+            yield None
+        while token == tok.im_end or spoken < SPEECH_BLOCK:
+            code = yield "speech"
+            if opened and code == close:
+                yield None
+            opened, spoken = True, spoken + 1  # the first code of an answer opens the speech
+
+
+class Answer:
+    """One row of a batch while it is generated: what it said, and who says the next token."""
+
+    def __init__(self, row: int, plan, seed: int):
+        self.row, self.plan, self.phase = row, plan, next(plan)
+        self.said, self.rng = {"text": [], "speech": []}, torch.Generator().manual_seed(seed)
+
+    def take(self, token: int) -> tuple[int, str, int]:
+        phase = self.phase
+        self.said[phase].append(token)
+        self.phase = self.plan.send(token)
+        return self.row, phase, token
 
 
 class EChat(nn.Module):
@@ -335,13 +370,14 @@ class EChat(nn.Module):
         return int((~differs.any(0)).long().cumprod(0).sum()) if len(ids) > 1 else 0
 
     @torch.inference_mode()
-    def generate(self, ids: list[int], tok, mels: list[Tensor] = (), layout: str = "text",
-                 think: bool = False, how: dict[str, Sampling] | None = None, seed: int = 0,
-                 max_tokens: int = 1200):
-        """Yields ("text", id) and ("speech", code) as they come, after the prompt `ids`.
+    def generate(self, prompts: list[list[int]], tok, mels: list[Tensor] = (),
+                 layout: str = "text", think: bool = False,
+                 how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
+        """Yields (row, "text", id) and (row, "speech", code) as they come, for every prompt what
+        it gets alone. A row that has ended leaves the batch.
 
-        mels: a log-mel (T, n_mels) for each run of AUDIO slots, oldest first; how: the sampling
-        of "text" and "speech" where it is not the checkpoint's.
+        mels: a log-mel (T, n_mels) for each run of AUDIO slots, in reading order; how: the
+        sampling of "text" and "speech" where it is not the checkpoint's.
         layout: "text" until `<|im_end|>`; "speech" until speech closes (tts); "both", all text
         then all speech; "interleave", 6 text : 18 speech after the think (if `think`), which
         comes whole. Only the head of the current phase is asked, as released (training has one
@@ -350,50 +386,43 @@ class EChat(nn.Module):
         cfg, device = self.cfg.decoder, next(self.parameters()).device
         dtype = self.decoder.embed_tokens.weight.dtype
         how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})
-        rng, past = torch.Generator().manual_seed(seed), {"text": [], "speech": []}
-        heard = lengths = None
+        heard = lengths = pads = None
         if mels:
             lengths = torch.tensor([len(m) for m in mels], device=device)
-            mel = nn.utils.rnn.pad_sequence(list(mels), batch_first=True)  # (turns, T, n_mels)
+            mel = nn.utils.rnn.pad_sequence(list(mels), batch_first=True)  # (N, T, n_mels)
             heard, lengths = self.hear(mel.to(device, dtype), lengths)
-        x = self.embed(torch.tensor([ids], device=device), heard, lengths)
-        cache = KVCache(cfg, 1, len(ids) + max_tokens, dtype, device)
-        hidden = self.decoder.prefill(x, cache)
-        phase = "speech" if layout == "speech" else "text"
-        text_open, speech_open = phase == "text", phase == "speech"
-        block, seen = 0, b""  # tokens of this block; bytes of the think so far
+        longest = max(map(len, prompts))
+        if min(map(len, prompts)) < longest:  # a mask costs time
+            pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        ids = [[PAD] * (longest - len(ids)) + ids for ids in prompts]
+        x = self.embed(torch.tensor(ids, device=device), heard, lengths)
+        cache = KVCache(cfg, len(ids), longest + max_tokens, dtype, device, pads)
+        hidden = self.decoder.prefill(x, cache)  # (B, 1, D)
+        live = [Answer(i, phases(layout, think, tok, cfg.codes), seed) for i in range(len(ids))]
         for _ in range(max_tokens):
-            logits = self.decoder.logits(hidden[0, -1], phase)
-            token = int(sample(logits, how[phase], past[phase], rng))
-            past[phase].append(token)
-            yield phase, token
-            row = token if phase == "text" else cfg.vocab + token
-            block += 1
-            if phase == "text":
-                seen += tok.bytes_of(token) if think else b""
-                if token == tok.im_end:
-                    if layout == "text":
-                        return
-                    phase, text_open, block = "speech", False, 0
-                elif think:
-                    think, block = THINK_END.encode() not in seen, 0
-                elif layout == "interleave" and block == TEXT_BLOCK:
-                    phase, block = "speech", 0
-            elif token == cfg.codes and speech_open:
+            rows = torch.empty(len(live), 1, dtype=torch.long, device=device)
+            for phase in ("text", "speech"):
+                if here := [i for i, answer in enumerate(live) if answer.phase == phase]:
+                    logits = self.decoder.logits(hidden[here, -1], phase)
+                    tokens = sample(logits, how[phase], [live[i].said[phase] for i in here],
+                                    [live[i].rng for i in here])
+                    rows[here, 0] = tokens + cfg.vocab * (phase == "speech")
+            for answer, row in zip(live, rows[:, 0].tolist()):
+                yield answer.take(row - cfg.vocab * (answer.phase == "speech"))
+            here = [i for i, answer in enumerate(live) if answer.phase]
+            if not here:
                 return
-            else:
-                speech_open = True  # the first one is the opening token, 17 codes follow it
-                if text_open and block == SPEECH_BLOCK:
-                    phase, block = "text", 0
-            x = self.decoder.embed(torch.tensor([[row]], device=device))
-            hidden = self.decoder.decode(x, cache)
+            if len(here) < len(live):
+                cache.keep(here)
+                live, rows = [live[i] for i in here], rows[here]
+            hidden = self.decoder.decode(self.decoder.embed(rows), cache)
 
-    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "",
-               think: bool = True, interleave: bool = False, history=(),
-               how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
+    def answers(self, tok, task: str, asked: list[tuple], think: bool = True,
+                interleave: bool = False, **options):
         """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
 
-        history: earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
+        asked: of each row the log-mel (T, n_mels) or None, the text or "", and the history,
+        earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
         name = task
         if task in ("s2s", "tts") and interleave:
             name += "_stream"
@@ -401,13 +430,22 @@ class EChat(nn.Module):
         name += "_think" if think else ""
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
-        frames = 0 if mel is None else self.audio_slots(len(mel))
-        turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
-        ids = prompt(name, tok, self.cfg.decoder, frames, text, turns)
-        mels = [m for m, _, _ in history] + ([] if mel is None else [mel])
-        how = ({"text": self.cfg.understand} if task == "understand" else {}) | (how or {})
-        return self.generate(ids, tok, mels, layout, think and layout == "interleave", how, seed,
-                             max_tokens)
+        prompts, mels = [], []
+        for mel, text, history in asked:
+            turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
+            frames = 0 if mel is None else self.audio_slots(len(mel))
+            prompts.append(prompt(name, tok, self.cfg.decoder, frames, text, turns))
+            mels += [m for m, *_ in [*history, (mel,)] if m is not None]
+        own = {"text": self.cfg.understand} if task == "understand" else {}
+        options["how"] = own | (options.get("how") or {})
+        return self.generate(prompts, tok, mels, layout, think and layout == "interleave",
+                             **options)
+
+    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "", history=(),
+               **options):
+        """answers() to one question, as (phase, token)."""
+        for _, *said in self.answers(tok, task, [(mel, text, history)], **options):
+            yield tuple(said)
 
 
 class Token2Wav(nn.Module):

@@ -160,9 +160,8 @@ def test_think_length_whatever_the_bracket_merges_with(tok):
 
 def draws(logits, how, past=(), n=600):
     rng = torch.Generator().manual_seed(0)
-    got = [int(echat.sample(logits, how, list(past), rng))
-           for _ in range(n)]
-    return torch.bincount(torch.tensor(got), minlength=len(logits)) / n
+    got = echat.sample(logits.expand(n, -1), how, [list(past)] * n, [rng] * n)
+    return torch.bincount(got, minlength=len(logits)) / n
 
 
 def test_sampling_follows_the_distribution():
@@ -179,9 +178,11 @@ def test_sampling_follows_the_distribution():
 
 def test_repetition_penalty_is_that_of_transformers():
     logits = torch.tensor([2.0, 1.9, -1.0])
-    assert echat.sample(logits, Sampling(repetition=1.1), [0, 0], None) == 1
-    assert echat.sample(-logits, Sampling(repetition=3.0), [2], None) == 2
-    assert echat.sample(logits - 3, Sampling(repetition=1.2), [0], None) == 1
+    for row, penalty, past, want in ((logits, 1.1, [0, 0], 1), (-logits, 3.0, [2], 2),
+                                     (logits - 3, 1.2, [0], 1)):
+        both = torch.stack([row, row])  # the second has said nothing
+        got = echat.sample(both, Sampling(repetition=penalty), [past, []], [])
+        assert got.tolist() == [want, int(row.argmax())]
 
 
 # ---- the state machine -------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def follow(model, script, monkeypatch):
     def logits(hidden, head):
         phase, token = next(steps)
         assert head == phase
-        return F.one_hot(torch.tensor(token), V if head == "text" else CODES + 1).float()
+        return F.one_hot(torch.tensor([token]), V if head == "text" else CODES + 1).float()
 
     embed = model.decoder.embed
     monkeypatch.setattr(model.decoder, "logits", logits)
@@ -233,8 +234,8 @@ def test_every_layout_step_by_step(model, tok, monkeypatch, layout, think, text)
     if layout == "speech":
         script = script[1:]  # the prompt has opened it
     rows = follow(model, script, monkeypatch)
-    got = list(model.generate([1, 2, 3], tok, (), layout, think, GREEDY, max_tokens=200))
-    assert got == script
+    got = list(model.generate([[1, 2, 3]], tok, (), layout, think, GREEDY, max_tokens=200))
+    assert got == [(0, *said) for said in script]
     fed = [int(r) for r in rows[1:]]  # rows[0] is the prompt; the last token is not fed
     assert fed == [t if phase == "text" else V + t for phase, t in script[:-1]]
 
@@ -250,13 +251,13 @@ def test_max_tokens_stops_in_any_phase(model, tok, monkeypatch):
     for n in (1, 6, 7, 30):
         with monkeypatch.context() as m:
             follow(model, plan("T6 S18 T6 S18 E1 S24", tok), m)
-            got = list(model.generate([1], tok, (), "interleave", False, GREEDY, max_tokens=n))
+            got = list(model.generate([[1]], tok, (), "interleave", False, GREEDY, max_tokens=n))
         assert len(got) == n
 
 
 def test_nothing_is_computed_before_it_is_asked_for(model, tok):
-    stream = model.generate([1, 2], tok, (), "text", False, GREEDY, max_tokens=50)
-    assert next(stream)[0] == "text" and iter(stream) is stream
+    stream = model.generate([[1, 2]], tok, (), "text", False, GREEDY, max_tokens=50)
+    assert next(stream)[:2] == (0, "text") and iter(stream) is stream
 
 
 def test_same_seed_same_tokens(model, tok):
@@ -295,12 +296,12 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     ("tts", {"interleave": True}, "tts_stream", "interleave", False)])
 def test_answer_picks_prompt_and_layout(model, tok, monkeypatch, task, options, name, layout,
                                         think):
-    monkeypatch.setattr(model, "generate", lambda *args: args)
+    monkeypatch.setattr(model, "generate", lambda *args, how: (*args, how))
     heard = None if task in ("t2t", "tts") else mel(40)
     text = "hello" if heard is None else ""
-    ids, _, mels, *rest = model.answer(tok, task, heard, text, **options)
-    assert rest[:2] == [layout, think] and len(mels) == (heard is not None)
-    assert ids == prompt(name, tok, model.cfg.decoder, 0 if heard is None else 5, text)
+    ids, _, mels, *rest = model.answers(tok, task, [(heard, text, ())] * 2, **options)
+    assert rest[:2] == [layout, think] and len(mels) == 2 * (heard is not None)
+    assert ids == [prompt(name, tok, model.cfg.decoder, 0 if heard is None else 5, text)] * 2
     assert ("text" in rest[2]) == (task == "understand")
 
 
