@@ -170,8 +170,7 @@ class KVCache:
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                  pads: Tensor | None = None):
         shape = (cfg.n_layers, batch, cfg.n_kv_heads, max_len, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
         self.length, self.max_len, self.pads = 0, max_len, pads
 
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,8 +181,11 @@ class KVCache:
         return self.k[index, :, :, :end], self.v[index, :, :, :end]
 
     def keep(self, rows: list[int]) -> None:
-        """Forget all other rows of the batch."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        """Forget all rows of the batch but these, which are in ascending order."""
+        for kv in (self.k, self.v):
+            for to, row in enumerate(rows):
+                kv[:, to, :, :self.length] = kv[:, row, :, :self.length]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
         self.pads = None if self.pads is None else self.pads[rows]
 
 

@@ -387,10 +387,10 @@ class EChat(nn.Module):
         dtype = self.decoder.embed_tokens.weight.dtype
         how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})
         heard = lengths = pads = None
-        if mels:
-            lengths = torch.tensor([len(m) for m in mels], device=device)
-            mel = nn.utils.rnn.pad_sequence(list(mels), batch_first=True)  # (N, T, n_mels)
-            heard, lengths = self.hear(mel.to(device, dtype), lengths)
+        if mels:  # one by one: a batch would save nothing on a CPU, and pads cost
+            heard = torch.cat([self.hear(mel[None].to(device, dtype), torch.tensor(
+                [len(mel)], device=device))[0] for mel in mels], 1)  # (1, all S, D)
+            lengths = torch.tensor([heard.shape[1]], device=device)
         longest = max(map(len, prompts))
         if min(map(len, prompts)) < longest:  # a mask costs time
             pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)
