@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import adapter
 import decoder
@@ -496,12 +497,10 @@ def config_from_dict(data: dict, cls=Config):
         default = known[key].default_factory() if callable(known[key].default_factory) else None
         if is_dataclass(default):
             value = config_from_dict(value, type(default))
-        out[key] = tuple(map(_tuple, value)) if isinstance(value, list) else value
+        if isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        out[key] = value
     return cls(**out)
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 def load_config(folder: str) -> Config:
@@ -530,7 +529,11 @@ def found(path: str, error: Exception) -> str:
         head = f.read(100)
     kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
         (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
-    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error).splitlines()[0][:150]})"
+    return f"{kind} of {os.path.getsize(path):,} bytes ({first_line(error)[:150]})"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 @contextmanager
@@ -543,9 +546,9 @@ def expecting(what: str, path: str):
     except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as e:
         raise BadCheckpoint(f"{path}: expected {what}, found {found(path, e)}") from None
     except KeyError as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {e.args[0]}: missing") from None
+        raise BadCheckpoint(f"{path}: expected {what}; {e}: missing") from None
     except (ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {str(e).splitlines()[0]}") from None
+        raise BadCheckpoint(f"{path}: expected {what}; {first_line(e)}") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -564,22 +567,32 @@ def read_weights(path: str) -> dict[str, Tensor]:
     return weights
 
 
+class Hollow(TorchFunctionMode):
+    """Modules made inside are given no first weights: a file has them. (Not the meta device, which
+    takes a second to import torch's compiler for that.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Every key of `module` there, no other, every shape equal; or an error naming the key."""
     own = module.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
-        raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key {name}")
-    for name, w in weights.items():
-        if w.shape != own[name].shape:
-            raise BadCheckpoint(f"{source}: {name} is {tuple(w.shape)}, expected "
-                                f"{tuple(own[name].shape)}")
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights:
+            raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key "
+                                f"{name}")
+        if (was := tuple(weights[name].shape)) != (due := tuple(own[name].shape)):
+            raise BadCheckpoint(f"{source}: {name} is {was}, expected {due}")
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `module`: every key used, every shape equal, or an error naming it."""
+    """Load `weights` into `module`, if they are its own."""
     check(module, weights, source)
-    own = module.state_dict()
-    module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
+    module.load_state_dict(weights)  # which casts
 
 
 PART = 128 << 20  # bytes
@@ -630,11 +643,11 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
     else:
         cfg, file, own = load_config(path), os.path.join(path, "model.safetensors"), torch.float32
         names = {name: name for name in read_weights(file)}
-    with torch.device("meta"):
+    with Hollow():
         model = EChat(cfg)
     weights = read_weights(file)
     check(model, {name: weights[names[name]] for name in names}, file)
-    model = model.to(dtype or own).to_empty(device=device)
+    model = model.to("meta", dtype or own).to_empty(device=device)
     fill(model, file, names)
     return model.eval()
 
@@ -714,22 +727,29 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
 
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
     """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
-    cfg = load_config(folder)
-    model = Token2Wav(cfg, load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow))
-    path = os.path.join(folder, "token2wav.safetensors")
+    cfg, path = load_config(folder), os.path.join(folder, "token2wav.safetensors")
+    voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
+    with Hollow():
+        model = Token2Wav(cfg, voice)
     fit(model, read_weights(path), path)
     return model.to(device).eval()
 
 
 def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
-    """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file."""
+    """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file; or of
+    CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
     cfg = paper()
     cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
     flow, wave = os.path.join(folder, "flow.pt"), os.path.join(folder, "hift.pt")
-    with torch.device("meta"):
-        model = Token2Wav(cfg, load_voice(voice, cfg.flow))
-    with expecting("the flow of CosyVoice-300M-25Hz", flow):
-        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)), assign=True)
+    try:
+        heard = load_voice(voice, cfg.flow)
+    except BadCheckpoint:
+        cfg.flow = FlowConfig.cosyvoice1(rate=50)
+        heard = load_voice(voice, cfg.flow)
+    with Hollow():
+        model = Token2Wav(cfg, heard)
+    with expecting("the flow of CosyVoice-300M", flow):
+        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)))
     with expecting("the vocoder of CosyVoice-300M", wave):
         model.vocoder = load_hift(wave)
     return model.to(device, torch.float32).eval()
@@ -737,8 +757,9 @@ def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
 
 def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
     """The speech tokenizer of a checkpoint folder, in eval mode."""
-    model = SpeechTokenizer(load_config(folder).s3)
-    path = os.path.join(folder, "tokenizer_s3.safetensors")
+    cfg, path = load_config(folder).s3, os.path.join(folder, "tokenizer_s3.safetensors")
+    with Hollow():
+        model = SpeechTokenizer(cfg)
     fit(model, read_weights(path), path)
     return model.to(device).eval()
 
@@ -769,7 +790,7 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
-    with torch.device("meta"):
+    with Hollow():
         check(EChat(cfg), state, f"{whisper} and {llm}")
     save_config(out, cfg)
     save_weights(os.path.join(out, "model.safetensors"), state)
