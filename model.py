@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pickle import UnpicklingError
 
 import torch
@@ -250,7 +250,7 @@ def sample(logits: Tensor, how: Sampling, past: list[list[int]],
     ranked, order = logits.float().topk(min(how.top_k or logits.shape[1], logits.shape[1]))
     p = (ranked / how.temperature).softmax(-1)
     p = p.masked_fill(p.cumsum(-1) - p > how.top_p, 0)
-    # Gumbel trick with noise from a CPU generator: the same seed gives the same reply anywhere.
+    # Gumbel trick, with noise from the CPU: the same seed gives the same reply on any device.
     noise = torch.stack([torch.rand(p.shape[1], generator=rng) for rng in rngs])
     chosen = (p / noise.clamp_(1e-20).log_().neg_().to(p.device)).argmax(-1, keepdim=True)
     return order.gather(1, chosen)[:, 0]
@@ -287,10 +287,10 @@ class Answer:
         self.said, self.rng = {"text": [], "speech": []}, torch.Generator().manual_seed(seed)
 
     def take(self, token: int) -> tuple[int, str, int]:
-        phase = self.phase
-        self.said[phase].append(token)
+        said = self.row, self.phase, token
+        self.said[self.phase].append(token)
         self.phase = self.plan.send(token)
-        return self.row, phase, token
+        return said
 
 
 class EChat(nn.Module):
@@ -314,10 +314,8 @@ class EChat(nn.Module):
         return -(-frames // 8)
 
     def embed(self, ids: Tensor, speech: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """ids (B, L), adapter output (N, S, D) with lengths (N,) -> embeddings (B, L, D).
-
-        The N pieces of audio fill the AUDIO slots in reading order: none, one or (with a history)
-        several in a row of ids."""
+        """ids (B, L), adapter output (N, S, D) with lengths (N,) -> embeddings (B, L, D). The
+        pieces of audio fill the AUDIO slots in reading order, any number in a row of ids."""
         x = self.decoder.embed(ids)
         if speech is None:
             return x
@@ -327,14 +325,12 @@ class EChat(nn.Module):
     def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
                 attend: Tensor | None = None, targets: Tensor | None = None,
                 heard: tuple[Tensor, Tensor] | None = None):
-        """ids (B, L) -> (logits, loss): joint logits over text and speech (facts 3.4).
+        """ids (B, L) -> joint logits over text and speech (B, L, V+codes+1), None. With targets
+        (B, L), -100 = no loss: logits only where there is a target, in row order (N, V+codes+1),
+        and the cross-entropy of each (N,).
 
         The user's audio: mel (B, T, n_mels) with mel_lengths, or `heard`, what hear() made of it.
-
-        With targets (B, L), -100 = no loss, logits are made only where there is a target, in
-        row order (N, V+codes+1), and loss is the cross-entropy of each (N,); else logits are
-        (B, L, V+codes+1) and loss None. `attend` (B, L) False masks a key (unknown labels).
-        """
+        `attend` (B, L) False masks a key (unknown labels)."""
         if mel is not None:
             heard = self.hear(mel, mel_lengths)
         x = self.embed(ids, *(heard or (None, None)))
@@ -355,8 +351,7 @@ class EChat(nn.Module):
 
         Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
         what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
-        the row of the blank is short, as nothing else trains it, and could never win by a product.
-        """
+        the blank's row, which nothing else trains, is too short to win by a product."""
         rows = F.normalize(self.decoder.embed_tokens.weight, dim=-1)
         logits = 20 * F.linear(F.normalize(speech, dim=-1), rows)  # (B, S, V)
         return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
@@ -384,21 +379,20 @@ class EChat(nn.Module):
         comes whole. Only the head of the current phase is asked, as released (training has one
         softmax over both). `<|im_end|>` and the open and close of speech are yielded too.
         """
-        cfg, device = self.cfg.decoder, next(self.parameters()).device
-        dtype = self.decoder.embed_tokens.weight.dtype
+        cfg, table = self.cfg.decoder, self.decoder.embed_tokens.weight
+        device, dtype = table.device, table.dtype
         how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})
-        heard = lengths = pads = None
+        heard = lengths = None
         if mels:  # one by one: a batch would save nothing on a CPU, and pads cost
             heard = torch.cat([self.hear(mel[None].to(device, dtype), torch.tensor(
                 [len(mel)], device=device))[0] for mel in mels], 1)  # (1, all S, D)
             lengths = torch.tensor([heard.shape[1]], device=device)
         longest = max(map(len, prompts))
-        if min(map(len, prompts)) < longest:  # a mask costs time
-            pads = torch.tensor([longest - len(ids) for ids in prompts], device=device)
-        ids = [[PAD] * (longest - len(ids)) + ids for ids in prompts]
-        x = self.embed(torch.tensor(ids, device=device), heard, lengths)
-        cache = KVCache(cfg, len(ids), longest + max_tokens, dtype, device, pads)
-        hidden = self.decoder.prefill(x, cache)  # (B, 1, D)
+        pads = [longest - len(ids) for ids in prompts]
+        ids = torch.tensor([[PAD] * n + ids for n, ids in zip(pads, prompts)], device=device)
+        cache = KVCache(cfg, len(ids), longest + max_tokens, dtype, device,
+                        torch.tensor(pads, device=device) if any(pads) else None)
+        hidden = self.decoder.prefill(self.embed(ids, heard, lengths), cache)  # (B, 1, D)
         live = [Answer(i, phases(layout, think, tok, cfg.codes), seed) for i in range(len(ids))]
         for _ in range(max_tokens):
             rows = torch.empty(len(live), 1, dtype=torch.long, device=device)
@@ -424,13 +418,10 @@ class EChat(nn.Module):
 
         asked: of each row the log-mel (T, n_mels) or None, the text or "", and the history,
         earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
-        name = task
-        if task in ("s2s", "tts") and interleave:
-            name += "_stream"
-        think = think and task in ("s2s", "s2t")
-        name += "_think" if think else ""
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
+        think = think and task in ("s2s", "s2t")
+        name = task + "_stream" * (layout == "interleave") + "_think" * think
         prompts, mels = [], []
         for mel, text, history in asked:
             turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
@@ -489,15 +480,13 @@ class BadCheckpoint(ValueError):
 
 def config_from_dict(data: dict, cls=Config):
     """Nested dataclass from parsed JSON; a key the dataclass lacks is an error naming it."""
-    known = {f.name: f for f in fields(cls)}
-    out = {}
+    own, out = cls(), {}
     for key, value in data.items():
-        if key not in known:
+        if not hasattr(own, key):
             raise BadCheckpoint(f"config: unknown key {key!r} for {cls.__name__}")
-        default = known[key].default_factory() if callable(known[key].default_factory) else None
-        if is_dataclass(default):
+        if is_dataclass(default := getattr(own, key)):
             value = config_from_dict(value, type(default))
-        if isinstance(value, list):
+        elif isinstance(value, list):
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         out[key] = value
     return cls(**out)
@@ -583,46 +572,28 @@ def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     own = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights:
-            raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key "
-                                f"{name}")
+            told = "missing" if name in own else "unexpected"
+            raise BadCheckpoint(f"{source}: {told} key {name}")
         if (was := tuple(weights[name].shape)) != (due := tuple(own[name].shape)):
             raise BadCheckpoint(f"{source}: {name} is {was}, expected {due}")
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `module`, if they are its own."""
+    """Copy `weights` into `module`, if they are its own. Layer by layer: some are joined on the
+    way in (decoder.fuse), and nothing large should be held twice."""
     check(module, weights, source)
-    module.load_state_dict(weights)  # which casts
-
-
-PART = 128 << 20  # bytes
-
-
-def fill(module: nn.Module, path: str, names: dict[str, str]) -> None:
-    """Copy weights from a file into a module; `names`: of each weight, ours -> the file's.
-
-    Some are joined on the way in (decoder.fuse), so mapping alone would not do. The file is mapped
-    anew for every part of it: what was copied is given back, and nothing is held twice."""
-    homes = {}  # weights that are joined share a home, two names up
-    for name in names:
-        homes.setdefault(name.rsplit(".", 2)[0] if ".layers." in name else name, []).append(name)
-    weights, part, size = read_weights(path), {}, 0
-    for home in homes.values():
-        more = sum(weights[names[name]].nbytes for name in home)
-        if size + more > PART:
-            module.load_state_dict(part, strict=False)
-            del weights
-            part, size, weights = {}, 0, read_weights(path)
-        part |= {name: weights[names[name]] for name in home}
-        size += more
-    module.load_state_dict(part, strict=False)
+    parts = {}
+    for name, weight in weights.items():
+        parts.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], {})[name] = weight
+    for part in parts.values():
+        module.load_state_dict(part, strict=False)
 
 
 def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file whole or not at all; floats in `dtype` if given."""
     tensors = module_or_dict if isinstance(module_or_dict, dict) else module_or_dict.state_dict()
-    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in cast.items()}, path + ".tmp")
+    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+               for k, v in tensors.items()}, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
@@ -639,16 +610,15 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
 
     dtype: float32 where not given, or what the released file holds."""
     if file := osum_file(path):
-        cfg, names, own = read_osum(file)
+        cfg, weights = read_osum(file)
+        dtype = dtype or weights["decoder.speech_head.weight"].dtype
     else:
-        cfg, file, own = load_config(path), os.path.join(path, "model.safetensors"), torch.float32
-        names = {name: name for name in read_weights(file)}
+        file = os.path.join(path, "model.safetensors")
+        cfg, weights = load_config(path), read_weights(file)
     with Hollow():
         model = EChat(cfg)
-    weights = read_weights(file)
-    check(model, {name: weights[names[name]] for name in names}, file)
-    model = model.to("meta", dtype or own).to_empty(device=device)
-    fill(model, file, names)
+    model = model.to("meta", dtype).to_empty(device=device)
+    fit(model, weights, file)
     return model.eval()
 
 
@@ -664,35 +634,22 @@ def osum_file(path: str) -> str | None:
     return path if os.path.isfile(path) else inside if os.path.isfile(inside) else None
 
 
-def osum_config(weights: dict[str, Tensor]) -> Config:
-    """The paper's preset at the size of these weights; only widths of heads are taken as known."""
-    def rows(name: str, dim: int = 0) -> int:
-        return weights[name].shape[dim]
-
-    def layers(prefix: str) -> int:
-        return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
-    cfg, llm = paper(), "llama_model.model."
-    layer, width = llm + "layers.0.", cfg.decoder.head_dim
-    conv = "encoder.embed.conv.0.weight"
-    cfg.encoder = EncoderConfig(rows(conv, 1), rows(conv), rows(conv) // 64,
-                                layers("encoder.encoders."))
-    cfg.adapter = AdapterConfig(
-        rows("speech_llama_proj.weight", 1), rows("speech_llama_proj.weight"),
-        cfg.adapter.n_heads, layers("speech_transformer.encoders."),
-        rows("speech_transformer.encoders.0.feed_forward.w_1.weight"))
-    cfg.decoder = DecoderConfig(
-        rows(llm + "embed_tokens.weight"), rows(llm + "embed_tokens.weight", 1),
-        layers(llm + "layers."), rows(layer + "self_attn.q_proj.weight") // width,
-        rows(layer + "self_attn.k_proj.weight") // width, width,
-        rows(layer + "mlp.gate_proj.weight"), codes=rows("speech_head.weight") - 1)
-    return cfg
+def encoder_config(state: dict[str, Tensor]) -> EncoderConfig:
+    """The size of Whisper's encoder with these weights; all its heads are 64 wide."""
+    D, n_mels, _ = state["conv1.weight"].shape
+    return EncoderConfig(n_mels, D, D // 64, numbered(state, "blocks."))
 
 
-def read_osum(path: str) -> tuple[Config, dict[str, str], torch.dtype]:
-    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> config;
-    of each of our weights the name in the file; what type they have there."""
-    weights = read_weights(path)
-    own = {"encoder": {}, "adapter": {}, "decoder": {}}
+def numbered(state: dict[str, Tensor], prefix: str) -> int:
+    """How many layers there are under a prefix."""
+    return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
+    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> the
+    paper's preset at the size of these weights (only widths of heads are taken as known), and the
+    weights by our names."""
+    weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
         part = "encoder" if key.startswith("encoder.") else \
             "adapter" if key.startswith(TO_ADAPTER) else "decoder"
@@ -701,15 +658,20 @@ def read_osum(path: str) -> tuple[Config, dict[str, str], torch.dtype]:
         if key not in weights:
             raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
                                 f"them {key}; found {len(weights)}, {next(iter(weights))} first")
+    llm, width = "llama_model.model.", cfg.decoder.head_dim
     with expecting("the weights of a released OSUM-EChat", path):
-        cfg = osum_config(weights)
         own["encoder"] = load_whisper(own["encoder"])
         own["adapter"] = adapter.load_osum(own["adapter"])
+        cfg.encoder, heard = encoder_config(own["encoder"]), own["adapter"]
+        cfg.adapter = AdapterConfig(*heard["proj.weight"].shape[::-1], cfg.adapter.n_heads,
+                                    numbered(heard, "blocks."), len(heard["blocks.0.mlp.0.weight"]))
+        q, k, ffn = (len(weights[f"{llm}layers.0.{name}_proj.weight"])
+                     for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
+        cfg.decoder = DecoderConfig(
+            *weights[llm + "embed_tokens.weight"].shape, numbered(weights, llm + "layers."),
+            q // width, k // width, width, ffn, codes=len(weights["speech_head.weight"]) - 1)
         own["decoder"] = decoder.load_osum(own["decoder"], cfg.decoder)
-    theirs = {id(value): key for key, value in weights.items()}
-    names = {f"{part}.{name}": theirs[id(value)]
-             for part, state in own.items() for name, value in state.items()}
-    return cfg, names, weights["speech_head.weight"].dtype
+    return cfg, {f"{part}.{k}": v for part, state in own.items() for k, v in state.items()}
 
 
 def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
@@ -781,11 +743,9 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
         state["encoder"] = load_whisper(read_weights(whisper))
     with expecting("a Hugging Face folder of Qwen2 or Qwen2.5", llm):
         sizes, state["decoder"] = decoder.load_qwen2(llm)
-    first = state["encoder"]["conv1.weight"]
-    layers = {name.split(".")[1] for name in state["encoder"] if name.startswith("blocks.")}
-    cfg.encoder = EncoderConfig(first.shape[1], len(first), len(first) // 64, len(layers))
+    cfg.encoder = encoder_config(state["encoder"])
     cfg.decoder = DecoderConfig(**sizes, codes=cfg.decoder.codes)
-    cfg.adapter.d_in, cfg.adapter.d_out = len(first), cfg.decoder.dim
+    cfg.adapter.d_in, cfg.adapter.d_out = cfg.encoder.d_model, cfg.decoder.dim
     state["adapter"] = Adapter(cfg.adapter).state_dict()
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
@@ -803,8 +763,8 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description="Make a checkpoint folder.")
     p.error = lambda message: p.exit(2, f"model.py: {message}\n")
-    p.add_argument("source", metavar="RUN|small|paper", help="a run to export, or a preset")
-    p.add_argument("out", metavar="OUT")
+    p.add_argument("source", help="RUN: a run to export, or a preset: small, paper")
+    p.add_argument("out")
     p.add_argument("--whisper", metavar="FILE", help="for a preset: Whisper's weights")
     p.add_argument("--llm", metavar="DIR", help="for a preset: folder of Qwen2.5-...-Instruct")
     args = p.parse_args()
@@ -814,8 +774,7 @@ def main() -> None:
         elif args.source in PRESETS and args.whisper and args.llm:
             compose(args.source, args.whisper, args.llm, args.out)
         else:
-            p.error(f"{args.source}: expected the folder of a run, or small --whisper FILE "
-                    "--llm DIR")
+            p.error(f"{args.source}: expected a run, or small --whisper FILE --llm DIR")
     except (BadCheckpoint, OSError) as e:
         p.error(str(e))
 

@@ -511,10 +511,9 @@ def same(a: EChat, b: EChat) -> bool:
     return all(k == j and torch.equal(v, w) for (k, v), (j, w) in pairs)
 
 
-def test_a_released_file_is_read_by_shape(tmp_path, monkeypatch):
+def test_a_released_file_is_read_by_shape(tmp_path):
     model, theirs = released()
     torch.save(theirs, tmp_path / "tag_think_final.pt")
-    monkeypatch.setattr(echat, "PART", 20000)  # several parts
     loaded = load_echat(str(tmp_path / "tag_think_final.pt"))
     assert same(loaded, model) and not loaded.training
     cfg, want = loaded.cfg, released_config()
