@@ -46,10 +46,9 @@ AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
 THINK, THINK_END = "<think>", "<think end>"
 
-# ---------------------------------------------------------------------------------------------
-# Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
+# ---- Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
 
-_YOU = ("You are OSUM-chat, {} by ASLP Lab. ")
+_YOU = "You are OSUM-chat, {} by ASLP Lab. "
 _BOTH = "You understand both the meaning and paralinguistic cues in speech"
 SYSTEM = {
     "s2s": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
@@ -150,8 +149,8 @@ def read_think(think: str) -> dict:
         pattern = re.escape(template).replace(r"\{text\}", "(?P<transcript>.*?)")
         pattern = re.sub(r"\\\{(\w+)\\\}", r"<?(?P<\1>[^<>,]*)>?", pattern)
         if found := re.search(pattern, think, re.S):
-            known = {k: v.strip() for k, v in found.groupdict().items()}
-            out.update({k: v for k, v in known.items() if v not in ("", "&&")})
+            out |= {k: v.strip() for k, v in found.groupdict().items()
+                    if v.strip() not in ("", "&&")}
     return out
 
 
@@ -169,8 +168,7 @@ def think_length(ids: list[int], tok) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets
+# ---- Presets
 
 @dataclass
 class Sampling:
@@ -231,8 +229,7 @@ def paper() -> Config:
 
 PRESETS = {"mini": mini, "small": small, "paper": paper}
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
 def sample(logits: Tensor, how: Sampling, past: list[list[int]],
@@ -243,8 +240,7 @@ def sample(logits: Tensor, how: Sampling, past: list[list[int]],
     if how.repetition != 1.0:
         logits = logits.clone()
         for row, ids in zip(logits, past):
-            row[ids] = torch.where(row[ids] > 0, row[ids] / how.repetition,
-                                   row[ids] * how.repetition)
+            row[ids] *= torch.where(row[ids] > 0, 1 / how.repetition, how.repetition)
     if how.temperature == 0:
         return logits.argmax(-1)
     ranked, order = logits.float().topk(min(how.top_k or logits.shape[1], logits.shape[1]))
@@ -471,8 +467,7 @@ class Token2Wav(nn.Module):
         return wave[0].cpu(), (mel_state, wave_state)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoint folders: config.json, tokenizer.json and the safetensors files of DESIGN.md
+# ---- Checkpoint folders: config.json, tokenizer.json and the safetensors files of DESIGN.md
 
 class BadCheckpoint(ValueError):
     """A checkpoint that is missing, damaged or does not fit; the message is one clear line."""
@@ -518,11 +513,7 @@ def found(path: str, error: Exception) -> str:
         head = f.read(100)
     kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
         (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
-    return f"{kind} of {os.path.getsize(path):,} bytes ({first_line(error)[:150]})"
-
-
-def first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error)[:150].partition(chr(10))[0]})"
 
 
 @contextmanager
@@ -537,7 +528,7 @@ def expecting(what: str, path: str):
     except KeyError as e:
         raise BadCheckpoint(f"{path}: expected {what}; {e}: missing") from None
     except (ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {first_line(e)}") from None
+        raise BadCheckpoint(f"{path}: expected {what}; {str(e).partition(chr(10))[0]}") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -546,9 +537,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
     The weights are mapped: what is not used is not read."""
     pickled = path.endswith((".pt", ".pth"))
     with expecting("torch.save's weights" if pickled else "safetensors", path):
-        if not pickled:
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if pickled \
+            else load_file(path)
     for wrapper in ("model_state_dict", "module"):  # openai-whisper's, DeepSpeed's
         weights = weights.get(wrapper, weights) if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -572,8 +562,7 @@ def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     own = module.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights:
-            told = "missing" if name in own else "unexpected"
-            raise BadCheckpoint(f"{source}: {told} key {name}")
+            raise BadCheckpoint(f"{source}: {name} {'missing' if name in own else 'unexpected'}")
         if (was := tuple(weights[name].shape)) != (due := tuple(own[name].shape)):
             raise BadCheckpoint(f"{source}: {name} is {was}, expected {due}")
 
@@ -624,14 +613,13 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
 
 # The released OSUM-EChat: one flat dict of the training code's names
 
-DEEPSPEED = "mp_rank_00_model_states.pt"
 TO_ADAPTER = ("down_sample_2.", "speech_transformer.", "speech_llama_proj.", "ln_speech.")
 
 
 def osum_file(path: str) -> str | None:
     """The weights file if `path` is a released file or a DeepSpeed training folder, else None."""
-    inside = os.path.join(path, DEEPSPEED)
-    return path if os.path.isfile(path) else inside if os.path.isfile(inside) else None
+    inside = os.path.join(path, "mp_rank_00_model_states.pt")
+    return next((p for p in (path, inside) if os.path.isfile(p)), None)
 
 
 def encoder_config(state: dict[str, Tensor]) -> EncoderConfig:
@@ -678,23 +666,29 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
     """A voice file: spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, 4P, M)."""
     voice = {k: v.float() if v.is_floating_point() else v for k, v in read_weights(path).items()}
     spk, codes, mel = (voice.get(k, torch.zeros(0)) for k in ("spk", "prompt_codes", "prompt_mel"))
-    fits = codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
-    fits = fits and bool(((codes >= 0) & (codes < cfg.codes)).all()) and mel.dim() == 3
-    fits = fits and mel.shape[::2] == (1, cfg.mel) and spk.shape == (1, cfg.spk_dim)
     spare = 0 if cfg.causal else 6  # a prompt that is stretched may lack a few frames
-    if not fits or mel.shape[1] < cfg.frames(codes.shape[1]) - spare:
+    if not (codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
+            and ((codes >= 0) & (codes < cfg.codes)).all() and spk.shape == (1, cfg.spk_dim)
+            and mel.dim() == 3 and mel.shape[::2] == (1, cfg.mel)
+            and mel.shape[1] >= cfg.frames(codes.shape[1]) - spare):
         raise BadCheckpoint(f"{path}: not a voice for this model (spk, prompt_codes, prompt_mel)")
     return voice
 
 
-def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
-    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
-    cfg, path = load_config(folder), os.path.join(folder, "token2wav.safetensors")
-    voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
+def restored(make, path: str, device) -> nn.Module:
+    """The module that make() makes, with the weights at `path`, in eval mode."""
     with Hollow():
-        model = Token2Wav(cfg, voice)
+        model = make()
     fit(model, read_weights(path), path)
     return model.to(device).eval()
+
+
+def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
+    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
+    cfg = load_config(folder)
+    voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
+    return restored(lambda: Token2Wav(cfg, voice), os.path.join(folder, "token2wav.safetensors"),
+                    device)
 
 
 def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
@@ -718,12 +712,9 @@ def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
 
 
 def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
-    """The speech tokenizer of a checkpoint folder, in eval mode."""
-    cfg, path = load_config(folder).s3, os.path.join(folder, "tokenizer_s3.safetensors")
-    with Hollow():
-        model = SpeechTokenizer(cfg)
-    fit(model, read_weights(path), path)
-    return model.to(device).eval()
+    cfg = load_config(folder).s3
+    return restored(lambda: SpeechTokenizer(cfg),
+                    os.path.join(folder, "tokenizer_s3.safetensors"), device)
 
 
 def export(run: str, out: str) -> None:
@@ -731,9 +722,9 @@ def export(run: str, out: str) -> None:
     save_config(out, load_config(run))
     for name in ("model", "token2wav", "tokenizer_s3", "voice"):
         if os.path.exists(path := os.path.join(run, f"{name}.safetensors")):
-            save_weights(os.path.join(out, f"{name}.safetensors"), read_weights(path),
+            save_weights(os.path.join(out, os.path.basename(path)), read_weights(path),
                          torch.float16)
-    shutil.copy(os.path.join(run, "tokenizer.json"), os.path.join(out, "tokenizer.json"))
+    shutil.copy(os.path.join(run, "tokenizer.json"), out)
 
 
 def compose(preset: str, whisper: str, llm: str, out: str) -> None:
@@ -750,8 +741,6 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
-    with Hollow():
-        check(EChat(cfg), state, f"{whisper} and {llm}")
     save_config(out, cfg)
     save_weights(os.path.join(out, "model.safetensors"), state)
     with expecting("tokenizer.json", llm):
