@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import time
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -78,10 +79,8 @@ class Chatbot:
             raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
         return echat.load_cosyvoice(folder, args.voice, self.device)
 
-    def hear(self, path: str | None) -> torch.Tensor | None:
+    def hear(self, path: str) -> torch.Tensor:
         """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
-        if path is None:
-            return None
         wave = read_wave(path)
         if len(wave) < SHORTEST * 16000:
             raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
@@ -91,12 +90,11 @@ class Chatbot:
 
     def sampling(self) -> dict[str, Sampling]:
         """The checkpoint's sampling with the flags of the command line on top, for both phases."""
-        flags = {"temperature": self.args.temperature, "top_k": self.args.top_k,
-                 "top_p": self.args.top_p}
-        given = {k: v for k, v in flags.items() if v is not None}
-        own = self.model.cfg.understand if self.args.task == "understand" else self.model.cfg.text
-        return {name: Sampling(**vars(base) | given)
-                for name, base in (("text", own), ("speech", self.model.cfg.speech))}
+        given = {k: getattr(self.args, k) for k in ("temperature", "top_k", "top_p")}
+        given, cfg = {k: v for k, v in given.items() if v is not None}, self.model.cfg
+        own = {"text": cfg.understand if self.args.task == "understand" else cfg.text,
+               "speech": cfg.speech}
+        return {phase: replace(how, **given) for phase, how in own.items()}
 
     def answers(self, mels: list, text: str):
         """Tokens of the answers to several questions at once, as EChat.generate yields them."""
@@ -113,50 +111,43 @@ class Chatbot:
         """One answer as (phase, token)."""
         return (said for _, *said in self.answers([mel], text))
 
-    def turns(self, wavs: list, mels: list, text: str, start: float):
-        """Several turns at once as events (index, ...): "text", piece; "audio", wave chunk;
-        "done", result, wave. Their time counts from `start`."""
-        replies = [Reply(self, *heard, text, start) for heard in zip(wavs, mels)]
-        for i, phase, token in self.answers(mels, text):
-            yield from ((i, *event) for event in replies[i].take(phase, token))
-        for i, reply in enumerate(replies):
-            yield from ((i, *event) for event in reply.end())
+    def turns(self, replies: list["Reply"]):
+        """Turns at once as events: ("text", piece), ("audio", wave chunk, its number),
+        ("done", result, wave)."""
+        for i, phase, token in self.answers([r.mel for r in replies], replies[0].asked):
+            yield from replies[i].take(phase, token)
+        for reply in replies:
+            yield from reply.end()
 
-    def turn(self, path: str | None, text: str):
-        """One turn as events, see `turns`."""
-        start = time.time()
-        return (event for _, *event in self.turns([path], [self.hear(path)], text, start))
+    def turn(self, wav: str | None, text: str):
+        """One turn as events."""
+        return self.turns([Reply(self, wav, text)])
 
     def read(self, ids: list[int]) -> dict:
         """Text ids of an answer -> think, transcript, labels, reply text."""
-        ids = [i for i in ids if i != self.tok.im_end]
-        cut = echat.think_length(ids, self.tok)
-        full = self.tok.decode(ids)
-        think, text = None, full
-        if cut:
-            think, text = full.split(echat.THINK_END, 1)
-            think += echat.THINK_END
-        elif full.startswith(echat.THINK):  # --max-tokens cut it short
-            think, text = full, ""
-        found = dict.fromkeys(("transcript", *echat.LABELS))
+        full = self.tok.decode([i for i in ids if i != self.tok.im_end])
+        think, end, text = full.partition(echat.THINK_END)
+        if not end:  # no think, or one that --max-tokens cut short
+            think, text = (full, "") if full.startswith(echat.THINK) else ("", full)
         if self.args.task == "understand":
-            found.update(read_labels(text, self.args.labels))
-        elif think:
-            found.update(echat.read_think(think))
+            found = read_labels(text, self.args.labels)
+        else:
+            found = echat.read_think(think + end)
+        found = dict.fromkeys(("transcript", *echat.LABELS)) | found
         if tag := EMOTION.match(text) if self.args.task in ("s2s", "s2t") else None:
             found["reply_emotion"], text = tag[1], text[tag.end():]
-        transcript = found.pop("transcript")
-        return {"think": think, "transcript": transcript, "labels": found, "text": text.strip()}
+        return {"think": think + end or None, "transcript": found.pop("transcript"),
+                "labels": found, "text": text.strip()}
 
 
 class Reply:
-    """A turn as it is said: its text, its codes, and the audio made of them.
+    """A turn as it is said: its text, its codes, and the audio made of them. Audio comes in pieces
+    only with --stream: all codes at once are rendered twice as fast."""
 
-    Audio comes in pieces only with --stream: all codes at once are rendered twice as fast.
-    """
-
-    def __init__(self, bot: Chatbot, wav: str | None, mel, text: str, start: float):
-        self.bot, self.wav, self.mel, self.asked, self.begun = bot, wav, mel, text, start
+    def __init__(self, bot: Chatbot, wav: str | None, text: str):
+        """wav: its path, or None. BadInput for what nobody could answer."""
+        self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
+        self.mel = None if wav is None else bot.hear(wav)  # (T, n_mels)
         self.words, self.codes, self.waves, self.times = [], [], [], {}
         self.state, self.spoken = None, 0
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
@@ -183,8 +174,8 @@ class Reply:
         self.spoken = len(self.codes)
         if len(wave):
             self.note("first_audio_s")
+            yield "audio", wave, len(self.waves)
             self.waves.append(wave)
-            yield "audio", wave
 
     def end(self):
         """The rest of the audio, then the whole: ("done", result, wave)."""
@@ -234,20 +225,16 @@ def reply_path(wav: str | None, out: str | None) -> str:
 
 def lines_for_people(result: dict) -> str:
     """What a person reads after a turn: think, reply and one line of timings."""
-    times = result["timings"]
-    lines = [f"think: {result['think']}"] if result["think"] else []
+    lines = {"think": result["think"], "reply": result["text"]}
     if result["task"] == "understand":
-        found = {"transcript": result["transcript"], **result["labels"]}
-        lines += [f"{k}: {v}" for k, v in found.items() if v]
-    elif result["text"]:
-        lines.append(f"reply: {result['text']}")
+        lines = {"transcript": result["transcript"], **result["labels"]}
     if result["audio"]:
-        lines.append(f"audio: {result['audio']} ({result['seconds']:.1f} s)")
-    spans = [("first text", "first_text_s"), ("first audio", "first_audio_s"), ("total", "total_s")]
-    parts = [f"{name} {times[key]:.2f} s" for name, key in spans if times[key] is not None]
-    if times["rtf"]:
-        parts.append(f"real-time factor {times['rtf']:.2f}")
-    return "\n".join(lines + [", ".join(parts)])
+        lines["audio"] = f"{result['audio']} ({result['seconds']:.1f} s)"
+    times = result["timings"]
+    spans = {"first text": "first_text_s", "first audio": "first_audio_s", "total": "total_s"}
+    parts = [f"{name} {times[k]:.2f} s" for name, k in spans.items() if times[k] is not None]
+    parts += [f"real-time factor {times['rtf']:.2f}"] if times["rtf"] else []
+    return "\n".join([*(f"{k}: {v}" for k, v in lines.items() if v), ", ".join(parts)])
 
 
 def emit(event: dict, raw: bool) -> None:
@@ -255,59 +242,55 @@ def emit(event: dict, raw: bool) -> None:
     print(json.dumps(event, ensure_ascii=False), file=sys.stderr if raw else sys.stdout, flush=True)
 
 
-def tell(error: BadInput) -> None:
+def tell(error) -> int:
+    """One line on stderr, and 1: one more is bad."""
     print(f"infer.py: {error}", file=sys.stderr)
+    return 1
 
 
 def play(bot: Chatbot, wavs: list[str | None]) -> bool:
     """Run one turn, or several at once, and write what the flags ask for. False: some failed."""
-    start, asked, good = time.time(), [], True
+    replies, bad = [], 0
     for wav in wavs:
         try:
-            asked.append((wav, bot.hear(wav)))
+            replies.append(Reply(bot, wav, bot.args.text))
         except BadInput as e:
-            good = tell(e)
-    if not asked:
-        return False
-    names, mels = zip(*asked)
-    chunks = iter(range(10**9))
-    with tqdm(desc=os.path.basename(names[0] or bot.args.task), unit=" tokens", leave=False,
+            bad += tell(e)
+    with tqdm(desc=os.path.basename(wavs[0] or bot.args.task), unit=" tokens", leave=False,
               disable=not sys.stderr.isatty()) as bar:
-        for i, event, *payload in bot.turns(names, mels, bot.args.text, start):
+        for event, *what in bot.turns(replies) if replies else ():
             bar.update()
-            if event != "done":
-                bot.args.stream and piece(bot, names[i], event, payload[0], chunks)
-                continue
-            try:
-                whole(bot, *payload)
-            except BadInput as e:
-                good = tell(e)
-    return bool(good)
+            if event == "done":
+                try:
+                    finish(bot.args, *what)
+                except BadInput as e:
+                    bad += tell(e)
+            elif bot.args.stream:
+                stream(bot, wavs[0], event, *what)
+    return not bad
 
 
-def piece(bot: Chatbot, wav: str | None, event: str, what, chunks) -> None:
-    """A piece of a streamed reply: text as JSON, audio as PCM on stdout or as a chunk file."""
+def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> None:
+    """A piece of a reply: text as JSON, audio as PCM on stdout or as a file of its own."""
     args, raw = bot.args, bot.args.out == "-"
-    if event == "text":
-        told = {"event": "text", "text": what} if what else None
-    elif raw:
+    if event == "audio" and raw:
         sys.stdout.buffer.write((what.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
         sys.stdout.buffer.flush()
-        return
-    else:
-        path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{next(chunks):03d}.wav"
+    elif event == "audio":
+        path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{number:03d}.wav"
         write_wave(path, what, bot.model.cfg.vocoder.sample_rate)
-        told = {"event": "audio", "path": path, "samples": len(what)}
-    if told and args.json:
-        emit(told, raw)
+        args.json and emit({"event": "audio", "path": path, "samples": len(what)}, raw)
+    elif what and args.json:
+        emit({"event": "text", "text": what}, raw)
 
 
-def whole(bot: Chatbot, result: dict, wave: torch.Tensor | None) -> None:
-    """A reply as it is written in the end: the wav, the JSON or the lines for people."""
-    args, raw = bot.args, bot.args.out == "-"
+def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> None:
+    """A whole reply: the wav, and JSON or lines for people."""
+    raw = args.out == "-"
     if wave is not None and not raw:
-        result["audio"] = reply_path(result["wav"], args.out)
-        write_wave(result["audio"], wave, result["sample_rate"])
+        path = reply_path(result["wav"], args.out)
+        write_wave(path, wave, result["sample_rate"])
+        result["audio"] = path
     if args.json:
         emit({"event": "done", **result} if args.stream else result, raw)
     else:
@@ -340,30 +323,34 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--top-p", type=float)
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
-    labels = [w.strip() for w in args.labels.split(",")]
-    for w in labels:
-        if w not in echat.ASKED:
-            p.error(f"--labels: {w!r} is not among {', '.join(echat.ASKED)}")
-    args.labels = [w for w in echat.ASKED if w in labels]
-    if args.task in ("t2t", "tts") and (not args.text.strip() or args.wavs):
-        p.error(f"--task {args.task} takes --text and no wav")
-    if args.task in ("t2t", "tts") and args.interactive:
-        p.error("--interactive reads wavs, which --task t2t and tts do not take")
-    if args.task not in ("t2t", "tts") and not (args.wavs or args.interactive):
-        p.error("a wav is needed")
-    folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
-    if args.out and len(args.wavs) > 1 and not folder:
-        p.error("--out must be a folder when there are several wavs")
-    if args.out and not folder and not os.path.isdir(os.path.dirname(args.out) or "."):
-        p.error(f"--out {args.out}: no such folder")
-    bad = [name for name, good in (
-        ("max-tokens", args.max_tokens > 0), ("seed", abs(args.seed) < 2**63),
-        ("temperature", args.temperature is None or args.temperature >= 0),
-        ("top-k", args.top_k is None or args.top_k >= 0),
-        ("top-p", args.top_p is None or 0 < args.top_p <= 1)) if not good]
-    if bad:
-        p.error(f"--{bad[0]}: out of range")
+    args.labels = [w.strip() for w in args.labels.split(",")]
+    if wrong := next(objections(args), None):
+        p.error(wrong)
+    args.labels = [w for w in echat.ASKED if w in args.labels]
     return args
+
+
+def objections(args: argparse.Namespace):
+    """What is wrong with the arguments, a line each."""
+    heard, several = args.task not in ("t2t", "tts"), len(args.wavs) > 1
+    folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
+    home = os.path.dirname(args.out or "") or "."
+    for label in set(args.labels) - set(echat.ASKED):
+        yield f"--labels: {label!r} is not among {', '.join(echat.ASKED)}"
+    for wrong, told in (
+            (not heard and (not args.text.strip() or args.wavs),
+             f"--task {args.task} takes --text and no wav"),
+            (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
+            (heard and not args.wavs and not args.interactive, "a wav is needed"),
+            (args.out and several and not folder, "--out must be a folder for several wavs"),
+            (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
+            (args.max_tokens < 1, "--max-tokens: out of range"),
+            (abs(args.seed) >= 2**63, "--seed: out of range"),
+            (not (args.temperature or 0) >= 0, "--temperature: out of range"),
+            ((args.top_k or 0) < 0, "--top-k: out of range"),
+            (args.top_p is not None and not 0 < args.top_p <= 1, "--top-p: out of range")):
+        if wrong:
+            yield told
 
 
 def groups(args: argparse.Namespace):
@@ -389,13 +376,12 @@ def main() -> None:
         for wavs in groups(args):
             good &= play(bot, wavs)
             bot.history = bot.history if args.interactive else []
-    except (BadInput, BadCheckpoint) as e:
-        sys.exit(tell(e) or 2)
-    except BrokenPipeError:  # the player was closed
+    except BrokenPipeError:  # the player was closed; what is left in the buffer has no reader
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
-    except OSError as e:
-        sys.exit(tell(f"{e.filename or ''}: {e.strerror or e}") or 2)
+    except (BadInput, BadCheckpoint, OSError) as e:
+        tell(f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(1)
     sys.exit(0 if good else 2)
