@@ -180,6 +180,7 @@ class Reply:
     def end(self):
         """The rest of the audio, then the whole: ("done", result, wave)."""
         bot, task = self.bot, self.bot.args.task
+        yield "text", self.utf8.decode(b"", True)  # a character that was cut
         if self.codes and bot.voice:
             yield from self.speak(True)
         wave = torch.cat(self.waves) if self.waves else None

@@ -269,6 +269,24 @@ def test_same_seed_same_tokens(model, tok):
     assert say(1) == say(1) != say(2)
 
 
+@pytest.mark.parametrize("task, interleave", [("s2s", False), ("s2s", True), ("understand", False),
+                                              ("s2t", False)])
+def test_a_row_of_a_batch_is_what_it_is_alone(model, tok, task, interleave):
+    """Rows of all lengths, one with a history; they end at different times and leave."""
+    past = [(mel(50, 9), "hello", some_codes(5))]
+    asked = [(mel(n, n), "", past if n == 33 else ()) for n in (80, 17, 33, 60)]
+    how = {"text": Sampling(2.0, 0, 0.99, 1.1), "speech": Sampling(2.0)}
+    options = dict(think=False, interleave=interleave, how=how, seed=5, max_tokens=200)
+    rows = [[] for _ in asked]
+    ends = model.decoder.embed_tokens.weight[tok.im_end]
+    ends *= 4  # a likelier end
+    for i, *said in model.answers(tok, task, asked, **options):
+        rows[i].append(tuple(said))
+    for row, (heard, text, history) in zip(rows, asked):
+        assert row == list(model.answer(tok, task, heard, text, history, **options))
+    assert len({len(row) for row in rows}) > 1
+
+
 def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     """Both phases, with a history: prefill and single steps against the training forward."""
     past = [(mel(50, 1), "hello", some_codes(5)), (mel(33, 2), "the user", [])]
@@ -450,6 +468,15 @@ def test_broken_checkpoints_are_told_in_one_line(checkpoint, tmp_path, what):
     names = {"shape": "decoder.norm.weight", "missing": "decoder.norm.weight",
              "unexpected": "extra", "unknown key": "colour", "unknown inner key": "depth"}
     assert names.get(what, "") in message
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), KeyError(), ValueError(), KeyError("spk")])
+def test_an_error_without_a_message_is_told_too(tmp_path, error):
+    (tmp_path / "a.pt").write_bytes(b"abc")
+    with pytest.raises(BadCheckpoint, match="a.pt: expected weights") as told:
+        with echat.expecting("weights", str(tmp_path / "a.pt")):
+            raise error
+    assert "\n" not in str(told.value)
 
 
 def test_a_failed_save_leaves_the_old_file(checkpoint, tmp_path):
