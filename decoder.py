@@ -24,11 +24,9 @@ from torch import Tensor, nn
 
 
 class SharedPrefix:
-    """The prompt that all rows of a training batch begin with, computed once, with gradients.
-
-    Used in place of a cache: the first forward, of one row, fills it; the second, of all rows,
-    continues it. A prompt of 40 to 75 tokens is a fifth to a half of a training sequence.
-    """
+    """The prompt that all rows of a training batch begin with, computed once, with gradients: a
+    fifth to a half of a sequence. Used in place of a cache: the first forward, of one row, fills
+    it; the second, of all rows, continues it."""
 
     max_len, pads = float("inf"), None
 
@@ -61,11 +59,9 @@ FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_pro
 
 
 def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bool) -> None:
-    """Set `home.<name>` to one linear doing the work of several that read the same input.
-
-    One product of big matrices is faster than three of small ones (here 4 % in training, 9 % in
-    decoding). State dicts still hold the parts under their own names, as everyone's files do.
-    """
+    """Set `home.<name>` to one linear doing the work of several that read the same input: faster
+    (here 4 % in training, 9 % in decoding). State dicts still hold the parts under their own
+    names, as everyone's files do."""
     linear = nn.Linear(dim, sum(widths), bias)
     setattr(home, name, linear)
 
@@ -160,11 +156,9 @@ class DecoderConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place.
-
-    `length` positions are filled; set it back to forget the newest. Rows of different lengths end
-    together: `pads` (B,) says how many positions before each row are nothing, and seen by nobody.
-    """
+    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place
+    up to `length`; set it back to forget the newest. Rows of different lengths end together:
+    `pads` (B,) says how many positions before each row are nothing, and seen by nobody."""
 
     def __init__(self, cfg: DecoderConfig, batch: int, max_len: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
@@ -209,10 +203,9 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Virtual ids (B, T) -> (B, T, D): below V text, V + c speech row c, negative zeros."""
-        vocab = self.cfg.vocab
-        text = self.embed_tokens(ids.clamp(0, vocab - 1))  # (B, T, D)
-        speech = self.speech_embed((ids - vocab).clamp(min=0))
-        rows = torch.where((ids >= vocab)[..., None], speech, text)
+        code = ids - self.cfg.vocab  # negative: text
+        rows = torch.where((code >= 0)[..., None], self.speech_embed(code.clamp(min=0)),
+                           self.embed_tokens(ids.clamp(0, self.cfg.vocab - 1)))  # (B, T, D)
         return rows.masked_fill((ids < 0)[..., None], 0)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
@@ -221,8 +214,7 @@ class Decoder(nn.Module):
 
         mask (B, past + T) bool: a False key is seen by nobody (unknown labels).
         positions (B, T) or (T,); by default they count the seen keys, so skip the unseen.
-        cache: x continues it. ValueError if it is too short.
-        """
+        cache: x continues it; ValueError if it is too short."""
         T, past = x.shape[1], cache.length if cache is not None else 0
         if cache is not None and past + T > cache.max_len:
             raise ValueError(f"{past} + {T} positions do not fit a cache of {cache.max_len}")
@@ -321,10 +313,8 @@ def read_json(path: Path) -> dict:
 
 def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """A Hugging Face Qwen2 / Qwen2.5 folder, sharded or not -> (DecoderConfig fields, state dict
-    without speech_*). ValueError: another architecture, or the weight or file that does not fit.
-
-    The weights are mapped, so what is not used is not read.
-    """
+    without speech_*), mapped. ValueError: another architecture, a weight or file that does not
+    fit."""
     config = Path(folder) / "config.json"
     hf = opened(config, read_json, "the config of a Hugging Face Qwen2 model")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4

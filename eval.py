@@ -670,11 +670,9 @@ def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
 
 def greedy(net, ids: Tensor, n: int) -> Tensor:
     """n text ids after the prompt ids (1, L)."""
-    out = []
-    cache = KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
-    for step in range(n):
-        grow = net.decode if step else net.prefill
-        hidden = grow(net.embed(out[-1] if out else ids), cache)
+    out, cache = [], KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
+    for _ in range(n):
+        hidden = net.prefill(net.embed(out[-1] if out else ids), cache)
         out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
     return torch.cat(out, 1)
 
@@ -748,9 +746,9 @@ def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
 def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question; the machine itself first, for comparison."""
     torch.manual_seed(args.seed)
-    wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), args.device
-    device, bot, machine = pick_device(device), None, limits(pick_device(device))
-    begin = time.time()
+    wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), \
+        pick_device(args.device)
+    machine, begin, bot = limits(device), time.time(), None
     if args.preset:
         net, voice = untrained(args.preset, device)
     else:

@@ -43,15 +43,13 @@ class Chatbot:
         """tokenizer, token2wav: folders that hold these, where the checkpoint does not."""
         start = time.time()
         self.args, self.device = args, pick_device(args.device)
-        released = echat.osum_file(args.model)
-        if released and not tokenizer:
+        if (released := echat.osum_file(args.model)) and not tokenizer:
             raise BadCheckpoint(f"{args.model}: has no tokenizer; give --tokenizer, the folder of "
                                 "Qwen2.5-3B-Instruct with tokenizer.json")
         if args.model in echat.PRESETS and not os.path.exists(args.model):
             raise BadCheckpoint(f"--model {args.model}: no such folder; make it: python model.py "
                                 f"{args.model} --whisper FILE --llm DIR {args.model}")
-        self.tok = Tokenizer(tokenizer or args.model)
-        self.voice = None
+        self.tok, self.voice = Tokenizer(tokenizer or args.model), None
         if args.task in ("s2s", "tts"):
             self.voice = self.load_voice(token2wav or (None if released else args.model))
             self.start = functools.lru_cache(maxsize=1)(self.voice.start)  # the prompt, once
@@ -129,11 +127,12 @@ class Chatbot:
         think, end, text = full.partition(echat.THINK_END)
         if not end:  # no think, or one that --max-tokens cut short
             think, text = (full, "") if full.startswith(echat.THINK) else ("", full)
-        if self.args.task == "understand":
-            found = read_labels(text, self.args.labels)
-        else:
-            found = echat.read_think(think + end)
-        found = dict.fromkeys(("transcript", *echat.LABELS)) | found
+        found = echat.read_think(think + end)
+        if self.args.task == "understand":  # "words<SAD><OLD>", what was asked for in its order
+            words, *tags = re.split(r"<([^<>]+)>", text)
+            found |= zip([w for w in self.args.labels if w != "asr"],
+                         [None if t == "&&" else t for t in tags[::2]])
+            found["transcript"] = words.strip() or None if "asr" in self.args.labels else None
         if tag := EMOTION.match(text) if self.args.task in ("s2s", "s2t") else None:
             found["reply_emotion"], text = tag[1], text[tag.end():]
         return {"think": think + end or None, "transcript": found.pop("transcript"),
@@ -200,14 +199,6 @@ class Reply:
             "timings": {k: v if v is None else round(v, 3) for k, v in times.items()}}, wave
 
 
-def read_labels(text: str, wanted: list[str]) -> dict:
-    """ "words<SAD><OLD>" -> transcript and the labels that were asked for, in their order."""
-    words, *tags = re.split(r"<([^<>]+)>", text)
-    words, tags = words.strip(), [None if t == "&&" else t for t in tags[::2]]
-    out = dict(zip([w for w in wanted if w != "asr"], tags))
-    return out | {"transcript": words or None} if "asr" in wanted else out
-
-
 def pick_device(name: str) -> str:
     there = [d for d in ("cuda", "npu", "mps") if getattr(torch, d, None)
              and getattr(torch, d).is_available()] + ["cpu"]
@@ -238,13 +229,13 @@ def lines_for_people(result: dict) -> str:
     return "\n".join([*(f"{k}: {v}" for k, v in lines.items() if v), ", ".join(parts)])
 
 
-def emit(event: dict, raw: bool) -> None:
-    """One line of JSON on stdout, or on stderr where stdout is the raw audio."""
-    print(json.dumps(event, ensure_ascii=False), file=sys.stderr if raw else sys.stdout, flush=True)
+def put(args: argparse.Namespace, what: dict | str) -> None:
+    """A line, JSON or not, on stdout, or on stderr where stdout is the raw audio."""
+    line = what if isinstance(what, str) else json.dumps(what, ensure_ascii=False)
+    print(line, file=sys.stderr if args.out == "-" else sys.stdout, flush=True)
 
 
-def tell(error) -> int:
-    """One line on stderr, and 1: one more is bad."""
+def tell(error) -> int:  # 1, to count them
     print(f"infer.py: {error}", file=sys.stderr)
     return 1
 
@@ -273,29 +264,26 @@ def play(bot: Chatbot, wavs: list[str | None]) -> bool:
 
 def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> None:
     """A piece of a reply: text as JSON, audio as PCM on stdout or as a file of its own."""
-    args, raw = bot.args, bot.args.out == "-"
-    if event == "audio" and raw:
+    args, told = bot.args, {"event": event, "text": what}
+    if event == "audio" and args.out == "-":
         sys.stdout.buffer.write((what.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
-        sys.stdout.buffer.flush()
-    elif event == "audio":
+        return sys.stdout.buffer.flush()
+    if event == "audio":
         path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{number:03d}.wav"
         write_wave(path, what, bot.model.cfg.vocoder.sample_rate)
-        args.json and emit({"event": "audio", "path": path, "samples": len(what)}, raw)
-    elif what and args.json:
-        emit({"event": "text", "text": what}, raw)
+        told = {"event": event, "path": path, "samples": len(what)}
+    if args.json and len(what):
+        put(args, told)
 
 
 def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> None:
     """A whole reply: the wav, and JSON or lines for people."""
-    raw = args.out == "-"
-    if wave is not None and not raw:
+    if wave is not None and args.out != "-":
         path = reply_path(result["wav"], args.out)
         write_wave(path, wave, result["sample_rate"])
         result["audio"] = path
-    if args.json:
-        emit({"event": "done", **result} if args.stream else result, raw)
-    else:
-        print(lines_for_people(result), file=sys.stderr if raw else sys.stdout, flush=True)
+    told = {"event": "done", **result} if args.stream else result
+    put(args, told if args.json else lines_for_people(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -319,9 +307,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)
-    p.add_argument("--temperature", type=float)
-    p.add_argument("--top-k", type=int)
-    p.add_argument("--top-p", type=float)
+    for flag, kind in (("--temperature", float), ("--top-k", int), ("--top-p", float)):
+        p.add_argument(flag, type=kind, help="not the checkpoint's")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
     args.labels = [w.strip() for w in args.labels.split(",")]
@@ -345,11 +332,10 @@ def objections(args: argparse.Namespace):
             (heard and not args.wavs and not args.interactive, "a wav is needed"),
             (args.out and several and not folder, "--out must be a folder for several wavs"),
             (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
-            (args.max_tokens < 1, "--max-tokens: out of range"),
-            (abs(args.seed) >= 2**63, "--seed: out of range"),
-            (not (args.temperature or 0) >= 0, "--temperature: out of range"),
-            ((args.top_k or 0) < 0, "--top-k: out of range"),
-            (args.top_p is not None and not 0 < args.top_p <= 1, "--top-p: out of range")):
+            (args.max_tokens < 1 or abs(args.seed) >= 2**63, "--max-tokens, --seed: out of range"),
+            (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
+             or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
+             "--temperature, --top-k, --top-p: out of range")):
         if wrong:
             yield told
 

@@ -87,13 +87,11 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
            history=()) -> list[int]:
-    """Ids of everything before the answer, the same in training and in generation.
-
-    `text`: the user prompt of understanding, the question of t2t, the words of tts. `n_audio`:
-    adapter frames of the user's speech, left as AUDIO slots. `history`: earlier turns as
-    (n_audio, reply text, reply codes), laid out as the released training code does it (the
-    speech unwrapped, `<|im_end|>` twice). Sequences: facts 3.4 of the released code.
-    """
+    """Ids of everything before the answer, the same in training and in generation. `text`: the
+    user prompt of understanding, the question of t2t, the words of tts. `n_audio`: adapter frames
+    of the user's speech, left as AUDIO slots. `history`: earlier turns as (n_audio, reply text,
+    reply codes), laid out as the released training code does it (the speech unwrapped,
+    `<|im_end|>` twice). Sequences: facts 3.4 of the released code."""
     speech = cfg.vocab  # virtual id of speech code 0
     ids = tok.fixed(f"<|im_start|>system\n{SYSTEM[task]}<|im_end|>\n{USER}")
     for frames, reply, reply_codes in history:
@@ -155,11 +153,9 @@ def read_think(think: str) -> dict:
 
 
 def think_length(ids: list[int], tok) -> int:
-    """How many leading ids belong to the think: up to the token that completes `<think end>`.
-
-    The closing `>` may merge with what follows (`><`), so the marker is sought in the decoded
-    text, not among the ids (trap of the released code). 0 if there is no think.
-    """
+    """How many leading ids belong to the think: up to the token that completes `<think end>`; 0
+    if there is none. The closing `>` may merge with what follows (`><`), so the marker is sought
+    in the decoded text, not among the ids (trap of the released code)."""
     seen = b""
     for i, token in enumerate(ids):
         seen += tok.bytes_of(token)
@@ -235,7 +231,6 @@ PRESETS = {"mini": mini, "small": small, "paper": paper}
 def sample(logits: Tensor, how: Sampling, past: list[list[int]],
            rngs: list[torch.Generator]) -> Tensor:
     """Ids (B,) from logits (B, V): repetition penalty, temperature, top-k, top-p, then a draw.
-
     past, rngs: of each row the ids so far and the dice, so that a row gets what it gets alone."""
     if how.repetition != 1.0:
         logits = logits.clone()
@@ -410,10 +405,9 @@ class EChat(nn.Module):
 
     def answers(self, tok, task: str, asked: list[tuple], think: bool = True,
                 interleave: bool = False, **options):
-        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
-
-        asked: of each row the log-mel (T, n_mels) or None, the text or "", and the history,
-        earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
+        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt). asked:
+        of each row the log-mel (T, n_mels) or None, the text or "", and the history, earlier turns
+        as (log-mel (T, n_mels), reply text, reply codes)."""
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
         think = think and task in ("s2s", "s2t")
@@ -533,7 +527,6 @@ def expecting(what: str, path: str):
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """A safetensors or .pt file (never unpickling code) as a dict, or BadCheckpoint in one line.
-
     The weights are mapped: what is not used is not read."""
     pickled = path.endswith((".pt", ".pth"))
     with expecting("torch.save's weights" if pickled else "safetensors", path):
@@ -596,7 +589,6 @@ def save_config(folder: str, cfg: Config) -> None:
 
 def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
-
     dtype: float32 where not given, or what the released file holds."""
     if file := osum_file(path):
         cfg, weights = read_osum(file)
