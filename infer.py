@@ -95,7 +95,7 @@ class Chatbot:
         return {phase: replace(how, **given) for phase, how in own.items()}
 
     def answers(self, mels: list, text: str):
-        """Tokens of the answers to several questions at once, as EChat.generate yields them."""
+        """Tokens of the answers to several questions at once, as EChat.answers yields them."""
         args, think = self.args, self.args.think
         if args.task == "understand":
             text = echat.user_prompt(args.labels)

@@ -249,7 +249,7 @@ def sample(logits: Tensor, how: Sampling, past: list[list[int]],
 
 def phases(layout: str, think: bool, tok, close: int):
     """Who says the next token, "text" or "speech": a coroutine that is sent each token as it is
-    said, and at the end of the answer yields None. The layouts are those of `generate`."""
+    said, and at the end of the answer yields None. The layouts are those of `generate_all`."""
     opened = layout == "speech"  # by the prompt of tts
     token, seen = tok.im_end if opened else None, b""
     while True:
@@ -357,14 +357,12 @@ class EChat(nn.Module):
         return int((~differs.any(0)).long().cumprod(0).sum()) if len(ids) > 1 else 0
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], tok, mels: list[Tensor] = (),
-                 layout: str = "text", think: bool = False,
-                 how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
+    def generate_all(self, prompts: list[list[int]], tok, mels: list[Tensor] = (),
+                     layout: str = "text", think: bool = False,
+                     how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
         """Yields (row, "text", id) and (row, "speech", code) as they come, for every prompt what
-        it gets alone. A row that has ended leaves the batch.
-
-        mels: a log-mel (T, n_mels) for each run of AUDIO slots, in reading order; how: the
-        sampling of "text" and "speech" where it is not the checkpoint's.
+        it gets alone. A row that has ended leaves the batch. mels: a log-mel (T, n_mels) for each
+        run of AUDIO slots, in reading order; how: sampling that is not the checkpoint's.
         layout: "text" until `<|im_end|>`; "speech" until speech closes (tts); "both", all text
         then all speech; "interleave", 6 text : 18 speech after the think (if `think`), which
         comes whole. Only the head of the current phase is asked, as released (training has one
@@ -405,9 +403,9 @@ class EChat(nn.Module):
 
     def answers(self, tok, task: str, asked: list[tuple], think: bool = True,
                 interleave: bool = False, **options):
-        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt). asked:
-        of each row the log-mel (T, n_mels) or None, the text or "", and the history, earlier turns
-        as (log-mel (T, n_mels), reply text, reply codes)."""
+        """generate_all() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
+        asked: of each row the log-mel (T, n_mels) or None, the text or "", and the history,
+        earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
         think = think and task in ("s2s", "s2t")
@@ -420,14 +418,17 @@ class EChat(nn.Module):
             mels += [m for m, *_ in [*history, (mel,)] if m is not None]
         own = {"text": self.cfg.understand} if task == "understand" else {}
         options["how"] = own | (options.get("how") or {})
-        return self.generate(prompts, tok, mels, layout, think and layout == "interleave",
+        return self.generate_all(prompts, tok, mels, layout, think and layout == "interleave",
                              **options)
+
+    def generate(self, ids: list[int], tok, *how, **options):
+        """generate_all() after one prompt, as (phase, token)."""
+        return (said[1:] for said in self.generate_all([ids], tok, *how, **options))
 
     def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "", history=(),
                **options):
         """answers() to one question, as (phase, token)."""
-        for _, *said in self.answers(tok, task, [(mel, text, history)], **options):
-            yield tuple(said)
+        return (said[1:] for said in self.answers(tok, task, [(mel, text, history)], **options))
 
 
 class Token2Wav(nn.Module):

@@ -234,8 +234,8 @@ def test_every_layout_step_by_step(model, tok, monkeypatch, layout, think, text)
     if layout == "speech":
         script = script[1:]  # the prompt has opened it
     rows = follow(model, script, monkeypatch)
-    got = list(model.generate([[1, 2, 3]], tok, (), layout, think, GREEDY, max_tokens=200))
-    assert got == [(0, *said) for said in script]
+    got = list(model.generate([1, 2, 3], tok, (), layout, think, GREEDY, max_tokens=200))
+    assert got == script
     fed = [int(r) for r in rows[1:]]  # rows[0] is the prompt; the last token is not fed
     assert fed == [t if phase == "text" else V + t for phase, t in script[:-1]]
 
@@ -251,13 +251,13 @@ def test_max_tokens_stops_in_any_phase(model, tok, monkeypatch):
     for n in (1, 6, 7, 30):
         with monkeypatch.context() as m:
             follow(model, plan("T6 S18 T6 S18 E1 S24", tok), m)
-            got = list(model.generate([[1]], tok, (), "interleave", False, GREEDY, max_tokens=n))
+            got = list(model.generate([1], tok, (), "interleave", False, GREEDY, max_tokens=n))
         assert len(got) == n
 
 
 def test_nothing_is_computed_before_it_is_asked_for(model, tok):
-    stream = model.generate([[1, 2]], tok, (), "text", False, GREEDY, max_tokens=50)
-    assert next(stream)[:2] == (0, "text") and iter(stream) is stream
+    stream = model.generate([1, 2], tok, (), "text", False, GREEDY, max_tokens=50)
+    assert next(stream)[0] == "text" and iter(stream) is stream
 
 
 def test_same_seed_same_tokens(model, tok):
@@ -314,7 +314,7 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     ("tts", {"interleave": True}, "tts_stream", "interleave", False)])
 def test_answer_picks_prompt_and_layout(model, tok, monkeypatch, task, options, name, layout,
                                         think):
-    monkeypatch.setattr(model, "generate", lambda *args, how: (*args, how))
+    monkeypatch.setattr(model, "generate_all", lambda *args, how: (*args, how))
     heard = None if task in ("t2t", "tts") else mel(40)
     text = "hello" if heard is None else ""
     ids, _, mels, *rest = model.answers(tok, task, [(heard, text, ())] * 2, **options)
