@@ -31,7 +31,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -679,9 +679,10 @@ def greedy(net, ids: Tensor, n: int) -> Tensor:
 
 def transformers_qwen2(net):
     """The decoder with the same weights by another hand."""
-    if not package("transformers"):
-        raise BadInput("transformers is not installed: pip install transformers")
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        raise BadInput("transformers is not installed: pip install transformers") from None
     c = net.cfg
     peer = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=c.ffn, head_dim=c.head_dim,
@@ -696,12 +697,13 @@ def transformers_qwen2(net):
 def against(net, ids: Tensor, n: int, device: str) -> dict:
     """Times of transformers over ours, prefill and decode: [median, lowest, highest]."""
     peer = transformers_qwen2(net)
-    write = partial(peer.generate, ids, attention_mask=torch.ones_like(ids), do_sample=False)
+    write = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                    max_new_tokens=n)
     ours, theirs, first, their_first = clock(
-        device, lambda: greedy(net, ids, n), lambda: write(max_new_tokens=n),
-        lambda: greedy(net, ids, 1), lambda: write(max_new_tokens=1))
+        device, lambda: greedy(net, ids, n), lambda: write(n), lambda: greedy(net, ids, 1),
+        lambda: write(1))
     ratios = {"prefill": their_first / first, "decode": (theirs - their_first) / (ours - first)}
-    same = torch.equal(write(max_new_tokens=n)[:, -n:], greedy(net, ids, n))
+    same = torch.equal(write(n)[:, -n:], greedy(net, ids, n))
     return {"equal_tokens": same} | {
         k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
 

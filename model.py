@@ -342,7 +342,8 @@ class EChat(nn.Module):
 
         Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
         what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
-        the blank's row, which nothing else trains, is too short to win by a product."""
+        the row of the blank is short, as nothing else trains it, and could never win by a product.
+        """
         rows = F.normalize(self.decoder.embed_tokens.weight, dim=-1)
         logits = 20 * F.linear(F.normalize(speech, dim=-1), rows)  # (B, S, V)
         return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
@@ -366,8 +367,7 @@ class EChat(nn.Module):
         layout: "text" until `<|im_end|>`; "speech" until speech closes (tts); "both", all text
         then all speech; "interleave", 6 text : 18 speech after the think (if `think`), which
         comes whole. Only the head of the current phase is asked, as released (training has one
-        softmax over both). `<|im_end|>` and the open and close of speech are yielded too.
-        """
+        softmax over both). `<|im_end|>` and the open and close of speech are yielded too."""
         cfg, table = self.cfg.decoder, self.decoder.embed_tokens.weight
         device, dtype = table.device, table.dtype
         how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})

@@ -3,6 +3,7 @@ the commands on a tiny random model."""
 
 import json
 import sys
+from importlib.util import find_spec
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -336,7 +337,7 @@ def test_speed_of_random_weights_beside_transformers(world, monkeypatch, capsys)
     words = ["speed", "--preset", "small", "--tokens", "3", "--prompt", "50"]
     result = call(world, monkeypatch, capsys, *words)[1]
     assert result["weights"] == "small" and "total_s" not in result
-    if not ev.package("transformers"):
+    if find_spec("transformers") is None:
         with pytest.raises(SystemExit) as stop:
             call(world, monkeypatch, capsys, *words, "--against", "transformers")
         assert stop.value.code == 2 and "pip install" in capsys.readouterr().err
