@@ -3,9 +3,9 @@ the commands on a tiny random model."""
 
 import json
 import sys
-from importlib.util import find_spec
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 
 import pytest
 import torch
