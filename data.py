@@ -242,16 +242,21 @@ def frames_of(path: str, start: float = 0.0, end: float | None = None) -> int:
 @contextmanager
 def replacing(path: str, mode: str = "w"):
     """A file to write that will be there whole or not at all."""
-    with open(path + ".tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
-        yield f
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+        os.replace(path + ".tmp", path)
+    finally:
+        Path(path + ".tmp").unlink(missing_ok=True)
 
 
 def write_wave(path: str, wave: Tensor, rate: int) -> None:
     """16-bit PCM. BadInput where nothing can be written."""
+    made = io.BytesIO()  # soundfile itself ends on a full disk with an AssertionError
+    sf.write(made, wave.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
     try:
         with replacing(path, "wb") as f:
-            sf.write(f, wave.clamp(-1, 1).numpy(), rate, subtype="PCM_16", format="WAV")
+            f.write(made.getbuffer())
     except OSError as e:
         raise BadInput(f"{path}: cannot be written ({e.strerror})") from None
 

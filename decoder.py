@@ -24,13 +24,11 @@ from torch import Tensor, nn
 
 
 class SharedPrefix:
-    """The prompt that all rows of a training batch begin with, computed once, with gradients.
+    """The prompt that all rows of a training batch begin with, computed once, with gradients: a
+    fifth to a half of a sequence. Used in place of a cache: the first forward, of one row, fills
+    it; the second, of all rows, continues it."""
 
-    Used in place of a cache: the first forward, of one row, fills it; the second, of all rows,
-    continues it. A prompt of 40 to 75 tokens is a fifth to a half of a training sequence.
-    """
-
-    max_len = float("inf")
+    max_len, pads = float("inf"), None
 
     def __init__(self):
         self.kv, self.length = [], 0
@@ -61,11 +59,9 @@ FUSED = {"qkv": ("q_proj", "k_proj", "v_proj"), "gate_up": ("gate_proj", "up_pro
 
 
 def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bool) -> None:
-    """Set `home.<name>` to one linear doing the work of several that read the same input.
-
-    One product of big matrices is faster than three of small ones (here 4 % in training, 9 % in
-    decoding). State dicts still hold the parts under their own names, as everyone's files do.
-    """
+    """Set `home.<name>` to one linear doing the work of several that read the same input: faster
+    (here 4 % in training, 9 % in decoding). State dicts still hold the parts under their own
+    names, as everyone's files do."""
     linear = nn.Linear(dim, sum(widths), bias)
     setattr(home, name, linear)
 
@@ -110,9 +106,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.write(index, k, v)  # (B, K, S, E)
         if T == 1:
-            # The one new position sees every key, so the queries that share a key head can stand
-            # in for its time axis: no mask, and the cache is read in place, not copied per query.
-            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v)
+            # One position needs no causality, so the queries that share a key head can stand in
+            # for its time axis: the cache is read in place, not copied per query.
+            y = F.scaled_dot_product_attention(q.reshape(B, K, H // K, E), k, v, mask)
         else:  # repeated by hand: not every fused kernel knows both a mask and enable_gqa
             k, v = (t.repeat_interleave(H // K, 1) for t in (k, v))  # (B, H, S, E)
             y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -160,19 +156,16 @@ class DecoderConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place.
-
-    `length` positions are filled, equally in every row; set it back to forget the newest.
-    Rows of different lengths will not need left pads: with `length` (B,), scatter each new key
-    at its row's own length and mask what lies beyond, which is old or zero but always finite.
-    """
+    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place
+    up to `length`; set it back to forget the newest. Rows of different lengths end together:
+    `pads` (B,) says how many positions before each row are nothing, and seen by nobody."""
 
     def __init__(self, cfg: DecoderConfig, batch: int, max_len: int,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+                 pads: Tensor | None = None):
         shape = (cfg.n_layers, batch, cfg.n_kv_heads, max_len, cfg.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length, self.max_len = 0, max_len
+        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        self.length, self.max_len, self.pads = 0, max_len, pads
 
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's k, v (B, K, T, E) behind `length`; views (B, K, S, E) of all so far."""
@@ -180,6 +173,14 @@ class KVCache:
         self.k[index, :, :, self.length:end] = k
         self.v[index, :, :, self.length:end] = v
         return self.k[index, :, :, :end], self.v[index, :, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all rows of the batch but these, which are in ascending order."""
+        for kv in (self.k, self.v):
+            for to, row in enumerate(rows):
+                kv[:, to, :, :self.length] = kv[:, row, :, :self.length]
+        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
+        self.pads = None if self.pads is None else self.pads[rows]
 
 
 class Decoder(nn.Module):
@@ -202,10 +203,9 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """Virtual ids (B, T) -> (B, T, D): below V text, V + c speech row c, negative zeros."""
-        vocab = self.cfg.vocab
-        text = self.embed_tokens(ids.clamp(0, vocab - 1))  # (B, T, D)
-        speech = self.speech_embed((ids - vocab).clamp(min=0))
-        rows = torch.where((ids >= vocab)[..., None], speech, text)
+        code = ids - self.cfg.vocab  # negative: text
+        rows = torch.where((code >= 0)[..., None], self.speech_embed(code.clamp(min=0)),
+                           self.embed_tokens(ids.clamp(0, self.cfg.vocab - 1)))  # (B, T, D)
         return rows.masked_fill((ids < 0)[..., None], 0)
 
     def forward(self, x: Tensor, positions: Tensor | None = None, mask: Tensor | None = None,
@@ -214,18 +214,19 @@ class Decoder(nn.Module):
 
         mask (B, past + T) bool: a False key is seen by nobody (unknown labels).
         positions (B, T) or (T,); by default they count the seen keys, so skip the unseen.
-        cache: x continues it. ValueError if it is too short.
-        """
+        cache: x continues it; ValueError if it is too short."""
         T, past = x.shape[1], cache.length if cache is not None else 0
         if cache is not None and past + T > cache.max_len:
             raise ValueError(f"{past} + {T} positions do not fit a cache of {cache.max_len}")
+        every = torch.arange(past + T, device=x.device)  # (S,)
+        if cache is not None and cache.pads is not None:
+            mask = every >= cache.pads[:, None]
         if positions is None:
-            positions = (torch.arange(past, past + T, device=x.device) if mask is None
-                         else (mask.cumsum(1) - 1).clamp(min=0)[:, past:])
+            positions = every[past:] if mask is None else (mask.cumsum(1) - 1).clamp(0)[:, past:]
         cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         seen = None  # plain causal with nothing cached: the kernel needs no mask and is fastest
         if mask is not None or (past and T > 1):
-            seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)  # (T, S)
+            seen = every <= every[past:, None]  # (T, S)
             seen = seen if mask is None else seen & mask[:, None, None]  # (B, 1, T, S)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, seen, cache, index)
@@ -304,10 +305,8 @@ def read_json(path: Path) -> dict:
 
 def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """A Hugging Face Qwen2 / Qwen2.5 folder, sharded or not -> (DecoderConfig fields, state dict
-    without speech_*). ValueError: another architecture, or the weight or file that does not fit.
-
-    The weights are mapped, so what is not used is not read.
-    """
+    without speech_*), mapped. ValueError: another architecture, a weight or file that does not
+    fit."""
     config = Path(folder) / "config.json"
     hf = opened(config, read_json, "the config of a Hugging Face Qwen2 model")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # transformers 5 or 4

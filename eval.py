@@ -47,7 +47,7 @@ import model as echat
 from data import BadInput, features, read_wave, records, spoken, write_lines, write_wave
 from decoder import KVCache
 from encoder import log_mel
-from infer import EMOTION, HERE, Chatbot
+from infer import EMOTION, HERE, Chatbot, pick_device
 from vocoder import mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
@@ -643,61 +643,125 @@ def tts(args) -> tuple[str, dict]:
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
-def clock(work, device: str, rounds: int = 5) -> float:
-    """Median seconds of work()."""
-    times = []
-    for _ in range(rounds + 1):  # the first one warms up
-        begin = time.perf_counter()
-        work()
-        if device != "cpu":
-            getattr(torch, device).synchronize()
-        times.append(time.perf_counter() - begin)
-    return sorted(times[1:])[rounds // 2]
+def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
+    """Seconds of each work, which take turns; the first of their times is the cold one."""
+    times = np.zeros((len(works), rounds + 1))
+    for i in range(rounds + 1):
+        for work, own in zip(works, times):
+            begin = time.perf_counter()
+            work()
+            if device != "cpu":
+                getattr(torch, device).synchronize()
+            own[i] = time.perf_counter() - begin
+    return times
+
+
+def greedy(net, ids: Tensor, n: int) -> Tensor:
+    """n text ids after the prompt ids (1, L)."""
+    out, cache = [], KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
+    for _ in range(n):
+        hidden = net.prefill(net.embed(out[-1] if out else ids), cache)
+        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
+    return torch.cat(out, 1)
+
+
+def transformers_qwen2(net):
+    """The decoder with the same weights by another hand."""
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+    except ImportError:
+        raise BadInput("transformers is not installed: pip install transformers") from None
+    c = net.cfg
+    peer = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=c.ffn, head_dim=c.head_dim,
+        num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, rms_norm_eps=c.eps,
+        num_key_value_heads=c.n_kv_heads, tie_word_embeddings=c.tied, eos_token_id=None,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
+    state = {k if k[:7] == "lm_head" else f"model.{k}": v for k, v in net.state_dict().items()}
+    peer.load_state_dict(state, strict=False)
+    return peer.to(net.norm.weight).eval()
+
+
+def against(net, ids: Tensor, n: int, device: str) -> dict:
+    """Times of transformers over ours, prefill and decode: [median, lowest, highest]."""
+    peer = transformers_qwen2(net)
+    write = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                    max_new_tokens=n)
+    ours, theirs, first, their_first = clock(
+        device, lambda: greedy(net, ids, n), lambda: write(n), lambda: greedy(net, ids, 1),
+        lambda: write(1))
+    ratios = {"prefill": their_first / first, "decode": (theirs - their_first) / (ours - first)}
+    same = torch.equal(write(n)[:, -n:], greedy(net, ids, n))
+    return {"equal_tokens": same} | {
+        k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
+
+
+def limits(device: str) -> dict:
+    """What the machine can do: copying 128 MiB, multiplying two matrices."""
+    block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
+    copied, multiplied = np.median(
+        clock(device, block.clone, lambda: square @ square)[:, 1:], axis=1)
+    return {"copy_GBps": 2 * block.nbytes / copied / 1e9,
+            "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9}
+
+
+def untrained(preset: str, device: str):
+    """EChat and token2wav of a preset with random weights."""
+    cfg = echat.PRESETS[preset]()
+    voice = {"spk": torch.zeros(1, cfg.flow.spk_dim), "prompt_mel": torch.zeros(1, 0, cfg.flow.mel),
+             "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
+    return [part.to(device).eval() for part in (echat.EChat(cfg), echat.Token2Wav(cfg, voice))]
+
+
+def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
+    """Every part by itself, at its first run (cold) and as a median."""
+    device, llm = ids.device.type, net.decoder
+    codes, mel = ids.new_zeros(1, 50), log_mel(wave, net.cfg.encoder.n_mels)[None].to(device)
+    lengths, state = torch.tensor([mel.shape[1]], device=device), voice.start()[0]
+    sound = voice.flow.stream(codes, state, True)[0]  # (1, T, M): 2 s
+    times = np.concatenate([clock(device, work) for work in (
+        lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
+        lambda: voice.flow.stream(codes, state, True),
+        lambda: voice.vocoder.stream(sound, None, True))])  # (5, rounds + 1)
+    out = {}
+    for kind, (hear, first, whole, flow, vocoder) in (
+            ("cold_", times[:, 0]), ("", np.median(times[:, 1:], 1))):
+        out |= {f"{kind}encoder_ms": 1000 * hear, f"{kind}prefill_ms": 1000 * first,
+                f"{kind}decode_tok_per_s": (n - 1) / (whole - first),
+                f"{kind}flow_rtf": flow / 2, f"{kind}vocoder_rtf": vocoder / 2}
+    return out
 
 
 @torch.inference_mode()
 def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question; the machine itself first, for comparison."""
-    rng = torch.Generator().manual_seed(args.seed)
-    wave = torch.randn(64000, generator=rng) * 0.1 * torch.linspace(0, 25, 64000).sin()
-    device = (bot := chatbot(args, "s2s", stream=True)).device
-    out = {"device": device, "threads": torch.get_num_threads(), "load_s": round(bot.load_s, 3)}
-    block, square = torch.zeros(2**23, device=device), torch.randn(768, 768, device=device)
-    out["copy_GBps"] = 2 * 4 * 2**23 / clock(block.clone, device) / 1e9
-    out["matmul_GFLOPs"] = 2 * 768**3 / clock(lambda: square @ square, device) / 1e9
-    net, cfg, mel = bot.model, bot.model.cfg.decoder, log_mel(wave, bot.model.cfg.encoder.n_mels)
-    batch, lengths = mel[None].to(device), torch.tensor([len(mel)], device=device)
-    out["encoder_ms"] = 1000 * clock(lambda: net.hear(batch, lengths), device)
-    ids = echat.prompt("s2s_think", bot.tok, cfg, net.audio_slots(len(mel)))
-    heard, frames = net.hear(batch, lengths)
-    x = net.embed(torch.tensor([ids], device=device), heard, frames)  # (1, L, D)
-    cache = KVCache(cfg, 1, len(ids) + 32, x.dtype, device)
-
-    def prefill():
-        cache.length = 0
-        return net.decoder.prefill(x, cache)
-
-    def decode():
-        cache.length, hidden = len(ids), x[:, -1:]
-        for _ in range(32):
-            token = net.decoder.logits(hidden[:, -1], "text").argmax(-1)  # (1,)
-            hidden = net.decoder.decode(net.decoder.embed(token[:, None]), cache)
-    out["prompt_tokens"], out["prefill_ms"] = len(ids), 1000 * clock(prefill, device)
-    out["decode_tok_per_s"] = 32 / clock(decode, device)
-    voice, codes = bot.voice, torch.zeros(1, 50, dtype=torch.long, device=device)  # 2 s
-    begun = bot.start(args.seed)[0]
-    out["flow_rtf"] = clock(lambda: voice.flow.stream(codes, begun, True), device) / 2
-    sound = voice.flow.stream(codes, begun, True)[0]  # (1, T, M)
-    seconds = sound.shape[1] * net.cfg.vocoder.hop / net.cfg.vocoder.sample_rate
-    out["vocoder_rtf"] = clock(lambda: voice.vocoder.stream(sound, None, True), device) / seconds
-    with tempfile.NamedTemporaryFile(suffix=".wav") as f:
-        write_wave(f.name, wave, 16000)
-        *_, (_, done, _) = bot.turn(f.name, "")
-    out |= {k: done["timings"][k] for k in ("first_text_s", "first_audio_s", "total_s", "rtf")}
-    out |= {"reply_s": done["seconds"],
-            "peak_memory_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    torch.manual_seed(args.seed)
+    wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), \
+        pick_device(args.device)
+    machine, begin, bot = limits(device), time.time(), None
+    if args.preset:
+        net, voice = untrained(args.preset, device)
+    else:
+        bot = chatbot(args, "s2s", stream=True)
+        net, voice = bot.model, bot.voice
+    out = {"weights": args.preset or args.model, "device": device, **machine,
+           "threads": torch.get_num_threads(), "load_s": time.time() - begin}
+    ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
+    out |= parts(net, voice, wave, ids, args.tokens)
+    read = sum(p.nbytes for name, p in net.decoder.named_parameters() if "speech_" not in name)
+    read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
+    out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
+    if bot:
+        with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+            write_wave(f.name, wave, 16000)
+            *_, (_, done, _) = bot.turn(f.name, "")
+        out |= {k: v for k, v in done["timings"].items() if k != "load_s"}
+        out["reply_s"] = done["seconds"]
+    out["peak_memory_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
+    if args.against:  # after the peak: two models at once
+        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens, device)
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
@@ -742,6 +806,10 @@ def arguments(argv=None) -> argparse.Namespace:
     add("tts qa", "--asr", default="base", help="base, none, or a CTranslate2 folder")
     add("tts", "--path", nargs="+", default=["model"], choices=(
         "model", "original", "resynthesis", "copy", "griffinlim"))
+    add("speed", "--preset", choices=echat.PRESETS, help="random weights, not --model")
+    add("speed", "--prompt", type=int, default=100, help="text ids before the decoding")
+    add("speed", "--tokens", type=int, default=33, help="to decode")
+    add("speed", "--against", choices=("transformers",), help="the same beside theirs")
     args = p.parse_args(argv)
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")

@@ -1,6 +1,7 @@
 r"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
 
     python infer.py question.wav                     # writes question.reply.wav
+    python infer.py *.wav --out replies/             # eight at once
     python infer.py question.wav --stream --out -    # raw 16-bit PCM on stdout, for a player
     python infer.py --task tts --text "Hello there." --out hello.wav
     python infer.py question.wav --task understand --labels asr,emotion,age
@@ -10,10 +11,6 @@ r"""Talk to EChat: a wav in; a think, a reply and a wav out. Paper App. B.2.
 
 Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything else.
 """
-import time
-
-BEGUN = time.time()  # before the heavy imports: the user waits for these too
-
 import argparse
 import codecs
 import functools
@@ -22,6 +19,8 @@ import math
 import os
 import re
 import sys
+import time
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -32,6 +31,7 @@ from encoder import log_mel
 from model import BadCheckpoint, Sampling
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+AT_ONCE = 8  # wavs
 SHORTEST, SILENCE = 0.2, 1e-4  # seconds, peak
 EMOTION = re.compile(r"^<([^<>]+)>\s*")
 
@@ -43,15 +43,13 @@ class Chatbot:
         """tokenizer, token2wav: folders that hold these, where the checkpoint does not."""
         start = time.time()
         self.args, self.device = args, pick_device(args.device)
-        released = echat.osum_file(args.model)
-        if released and not tokenizer:
+        if (released := echat.osum_file(args.model)) and not tokenizer:
             raise BadCheckpoint(f"{args.model}: has no tokenizer; give --tokenizer, the folder of "
                                 "Qwen2.5-3B-Instruct with tokenizer.json")
         if args.model in echat.PRESETS and not os.path.exists(args.model):
             raise BadCheckpoint(f"--model {args.model}: no such folder; make it: python model.py "
                                 f"{args.model} --whisper FILE --llm DIR {args.model}")
-        self.tok = Tokenizer(tokenizer or args.model)
-        self.voice = None
+        self.tok, self.voice = Tokenizer(tokenizer or args.model), None
         if args.task in ("s2s", "tts"):
             self.voice = self.load_voice(token2wav or (None if released else args.model))
             self.start = functools.lru_cache(maxsize=1)(self.voice.start)  # the prompt, once
@@ -90,100 +88,115 @@ class Chatbot:
 
     def sampling(self) -> dict[str, Sampling]:
         """The checkpoint's sampling with the flags of the command line on top, for both phases."""
-        flags = {"temperature": self.args.temperature, "top_k": self.args.top_k,
-                 "top_p": self.args.top_p}
-        given = {k: v for k, v in flags.items() if v is not None}
-        own = self.model.cfg.understand if self.args.task == "understand" else self.model.cfg.text
-        return {name: Sampling(**vars(base) | given)
-                for name, base in (("text", own), ("speech", self.model.cfg.speech))}
+        given = {k: getattr(self.args, k) for k in ("temperature", "top_k", "top_p")}
+        given, cfg = {k: v for k, v in given.items() if v is not None}, self.model.cfg
+        own = {"text": cfg.understand if self.args.task == "understand" else cfg.text,
+               "speech": cfg.speech}
+        return {phase: replace(how, **given) for phase, how in own.items()}
 
-    def tokens(self, mel, text: str):
-        args = self.args
+    def answers(self, mels: list, text: str):
+        """Tokens of the answers to several questions at once, as EChat.answers yields them."""
+        args, think = self.args, self.args.think
         if args.task == "understand":
             text = echat.user_prompt(args.labels)
-        elif args.think == "natural" and mel is not None and self.model.cfg.language == "en":
+        elif think == "natural" and mels[0] is not None and self.model.cfg.language == "en":
             text = echat.NATURAL
-        return self.model.answer(self.tok, args.task, mel, text, think=args.think != "off",
-                                 interleave=args.interleave, history=self.history, seed=args.seed,
-                                 max_tokens=args.max_tokens, how=self.sampling())
+        return self.model.answers(
+            self.tok, args.task, [(mel, text, self.history) for mel in mels], think != "off",
+            args.interleave, seed=args.seed, max_tokens=args.max_tokens, how=self.sampling())
 
-    def turn(self, path: str | None, text: str):
-        """One turn as events: ("text", piece), ("audio", wave chunk), ("done", result, wave).
+    def tokens(self, mel, text: str):
+        """One answer as (phase, token)."""
+        return (said for _, *said in self.answers([mel], text))
 
-        Audio comes in pieces only with --stream: all codes at once are rendered twice as fast.
-        """
-        start = time.time()
-        mel = None if path is None else self.hear(path)
-        words, codes, waves, times = [], [], [], {}
-        state, spoken, utf8 = None, 0, codecs.getincrementaldecoder("utf-8")("replace")
-        hop = self.voice.flow.hop_codes if self.voice and self.args.stream else math.inf
+    def turns(self, replies: list["Reply"]):
+        """Turns at once as events: ("text", piece), ("audio", wave chunk, its number),
+        ("done", result, wave)."""
+        for i, phase, token in self.answers([r.mel for r in replies], replies[0].asked):
+            yield from replies[i].take(phase, token)
+        for reply in replies:
+            yield from reply.end()
 
-        def speak(final: bool):
-            nonlocal state, spoken
-            wave, state = self.voice.stream(codes[spoken:], state or self.start(self.args.seed),
-                                            final)
-            spoken = len(codes)
-            if len(wave):
-                times.setdefault("first_audio_s", time.time() - start)
-                waves.append(wave)
-                yield "audio", wave
-
-        for kind, token in self.tokens(mel, text):
-            if kind == "text":
-                times.setdefault("first_text_s", time.time() - start)
-                words.append(token)
-                piece = self.tok.bytes_of(token) if token != self.tok.im_end else b""
-                yield "text", utf8.decode(piece)
-            elif token != self.model.cfg.decoder.codes:  # not the open or close of speech
-                codes.append(token)
-                if len(codes) - spoken >= hop:
-                    yield from speak(False)
-        if codes and self.voice:
-            yield from speak(True)
-        wave = torch.cat(waves) if waves else None
-        rate = self.model.cfg.vocoder.sample_rate
-        seconds = 0.0 if wave is None else len(wave) / rate
-        times |= {"load_s": self.load_s, "total_s": time.time() - start}
-        times["rtf"] = times["total_s"] / seconds if seconds else None
-        answer = self.read(words)
-        if self.args.task == "tts":
-            answer["text"] = answer["text"] or text
-        if self.args.task in ("s2s", "s2t"):
-            self.history = (self.history + [(mel, answer["text"], codes)])[-5:]  # as released
-        yield "done", {
-            "wav": path, "task": self.args.task, **answer, "audio": None, "sample_rate": rate,
-            "seconds": round(seconds, 3), "codes": len(codes), "timings": {
-                k: times.get(k) and round(times[k], 3)
-                for k in ("load_s", "first_text_s", "first_audio_s", "total_s", "rtf")}}, wave
+    def turn(self, wav: str | None, text: str):
+        """One turn as events."""
+        return self.turns([Reply(self, wav, text)])
 
     def read(self, ids: list[int]) -> dict:
         """Text ids of an answer -> think, transcript, labels, reply text."""
-        ids = [i for i in ids if i != self.tok.im_end]
-        cut = echat.think_length(ids, self.tok)
-        full = self.tok.decode(ids)
-        think, text = None, full
-        if cut:
-            think, text = full.split(echat.THINK_END, 1)
-            think += echat.THINK_END
-        elif full.startswith(echat.THINK):  # --max-tokens cut it short
-            think, text = full, ""
-        found = dict.fromkeys(("transcript", *echat.LABELS))
-        if self.args.task == "understand":
-            found.update(read_labels(text, self.args.labels))
-        elif think:
-            found.update(echat.read_think(think))
+        full = self.tok.decode([i for i in ids if i != self.tok.im_end])
+        think, end, text = full.partition(echat.THINK_END)
+        if not end:  # no think, or one that --max-tokens cut short
+            think, text = (full, "") if full.startswith(echat.THINK) else ("", full)
+        found = echat.read_think(think + end)
+        if self.args.task == "understand":  # "words<SAD><OLD>", what was asked for in its order
+            words, *tags = re.split(r"<([^<>]+)>", text)
+            found |= zip([w for w in self.args.labels if w != "asr"],
+                         [None if t == "&&" else t for t in tags[::2]])
+            found["transcript"] = words.strip() or None if "asr" in self.args.labels else None
         if tag := EMOTION.match(text) if self.args.task in ("s2s", "s2t") else None:
             found["reply_emotion"], text = tag[1], text[tag.end():]
-        transcript = found.pop("transcript")
-        return {"think": think, "transcript": transcript, "labels": found, "text": text.strip()}
+        return {"think": think + end or None, "transcript": found.pop("transcript"),
+                "labels": found, "text": text.strip()}
 
 
-def read_labels(text: str, wanted: list[str]) -> dict:
-    """ "words<SAD><OLD>" -> transcript and the labels that were asked for, in their order."""
-    words, *tags = re.split(r"<([^<>]+)>", text)
-    words, tags = words.strip(), [None if t == "&&" else t for t in tags[::2]]
-    out = dict(zip([w for w in wanted if w != "asr"], tags))
-    return out | {"transcript": words or None} if "asr" in wanted else out
+class Reply:
+    """A turn as it is said: its text, its codes, and the audio made of them. Audio comes in pieces
+    only with --stream: all codes at once are rendered twice as fast."""
+
+    def __init__(self, bot: Chatbot, wav: str | None, text: str):
+        """wav: its path, or None. BadInput for what nobody could answer."""
+        self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
+        self.mel = None if wav is None else bot.hear(wav)  # (T, n_mels)
+        self.words, self.codes, self.waves, self.times = [], [], [], {}
+        self.state, self.spoken = None, 0
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self.hop = bot.voice.flow.hop_codes if bot.voice and bot.args.stream else math.inf
+
+    def note(self, what: str) -> None:
+        self.times.setdefault(what, time.time() - self.begun)
+
+    def take(self, phase: str, token: int):
+        """A token -> the events that it causes."""
+        if phase == "text":
+            self.note("first_text_s")
+            self.words.append(token)
+            piece = self.bot.tok.bytes_of(token) if token != self.bot.tok.im_end else b""
+            yield "text", self.utf8.decode(piece)
+        elif token != self.bot.model.cfg.decoder.codes:  # not the open or close of speech
+            self.codes.append(token)
+            if len(self.codes) - self.spoken >= self.hop:
+                yield from self.speak(False)
+
+    def speak(self, final: bool):
+        state = self.state or self.bot.start(self.bot.args.seed)
+        wave, self.state = self.bot.voice.stream(self.codes[self.spoken:], state, final)
+        self.spoken = len(self.codes)
+        if len(wave):
+            self.note("first_audio_s")
+            yield "audio", wave, len(self.waves)
+            self.waves.append(wave)
+
+    def end(self):
+        """The rest of the audio, then the whole: ("done", result, wave)."""
+        bot, task = self.bot, self.bot.args.task
+        yield "text", self.utf8.decode(b"", True)  # a character that was cut
+        if self.codes and bot.voice:
+            yield from self.speak(True)
+        wave = torch.cat(self.waves) if self.waves else None
+        rate = bot.model.cfg.vocoder.sample_rate
+        seconds = 0.0 if wave is None else len(wave) / rate
+        self.note("total_s")
+        times = {"load_s": bot.load_s, "first_text_s": None, "first_audio_s": None, **self.times}
+        times["rtf"] = times["total_s"] / seconds if seconds else None
+        answer = bot.read(self.words)
+        if task == "tts":
+            answer["text"] = answer["text"] or self.asked
+        if task in ("s2s", "s2t"):  # what the next turn remembers, as released
+            bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
+        yield "done", {
+            "wav": self.wav, "task": task, **answer, "audio": None, "sample_rate": rate,
+            "seconds": round(seconds, 3), "codes": len(self.codes),
+            "timings": {k: v if v is None else round(v, 3) for k, v in times.items()}}, wave
 
 
 def pick_device(name: str) -> str:
@@ -204,56 +217,73 @@ def reply_path(wav: str | None, out: str | None) -> str:
 
 def lines_for_people(result: dict) -> str:
     """What a person reads after a turn: think, reply and one line of timings."""
-    times = result["timings"]
-    lines = [f"think: {result['think']}"] if result["think"] else []
+    lines = {"think": result["think"], "reply": result["text"]}
     if result["task"] == "understand":
-        found = {"transcript": result["transcript"], **result["labels"]}
-        lines += [f"{k}: {v}" for k, v in found.items() if v]
-    elif result["text"]:
-        lines.append(f"reply: {result['text']}")
+        lines = {"transcript": result["transcript"], **result["labels"]}
     if result["audio"]:
-        lines.append(f"audio: {result['audio']} ({result['seconds']:.1f} s)")
-    spans = [("first text", "first_text_s"), ("first audio", "first_audio_s"), ("total", "total_s")]
-    parts = [f"{name} {times[key]:.2f} s" for name, key in spans if times[key] is not None]
-    if times["rtf"]:
-        parts.append(f"real-time factor {times['rtf']:.2f}")
-    return "\n".join(lines + [", ".join(parts)])
+        lines["audio"] = f"{result['audio']} ({result['seconds']:.1f} s)"
+    times = result["timings"]
+    spans = {"first text": "first_text_s", "first audio": "first_audio_s", "total": "total_s"}
+    parts = [f"{name} {times[k]:.2f} s" for name, k in spans.items() if times[k] is not None]
+    parts += [f"real-time factor {times['rtf']:.2f}"] if times["rtf"] else []
+    return "\n".join([*(f"{k}: {v}" for k, v in lines.items() if v), ", ".join(parts)])
 
 
-def emit(event: dict, raw: bool) -> None:
-    """One line of JSON on stdout, or on stderr where stdout is the raw audio."""
-    print(json.dumps(event, ensure_ascii=False), file=sys.stderr if raw else sys.stdout, flush=True)
+def put(args: argparse.Namespace, what: dict | str) -> None:
+    """A line, JSON or not, on stdout, or on stderr where stdout is the raw audio."""
+    line = what if isinstance(what, str) else json.dumps(what, ensure_ascii=False)
+    print(line, file=sys.stderr if args.out == "-" else sys.stdout, flush=True)
 
 
-def play(bot: Chatbot, wav: str | None, text: str) -> None:
-    """Run one turn and write what the flags ask for."""
-    args, raw = bot.args, bot.args.out == "-"
-    target = None if raw else reply_path(wav, args.out)
-    rate, chunks = bot.model.cfg.vocoder.sample_rate, 0
-    with tqdm(desc=os.path.basename(wav or args.task), unit=" tokens", leave=False,
+def tell(error) -> int:  # 1, to count them
+    print(f"infer.py: {error}", file=sys.stderr)
+    return 1
+
+
+def play(bot: Chatbot, wavs: list[str | None]) -> bool:
+    """Run one turn, or several at once, and write what the flags ask for. False: some failed."""
+    replies, bad = [], 0
+    for wav in wavs:
+        try:
+            replies.append(Reply(bot, wav, bot.args.text))
+        except BadInput as e:
+            bad += tell(e)
+    with tqdm(desc=os.path.basename(wavs[0] or bot.args.task), unit=" tokens", leave=False,
               disable=not sys.stderr.isatty()) as bar:
-        for event, *payload in bot.turn(wav, text):
+        for event, *what in bot.turns(replies) if replies else ():
             bar.update()
-            if event == "audio" and raw:
-                pcm = (payload[0].clamp(-1, 1) * 32767).round().short()
-                sys.stdout.buffer.write(pcm.numpy().tobytes())
-                sys.stdout.buffer.flush()
-            elif event == "audio" and args.stream:
-                path = f"{os.path.splitext(target)[0]}.{chunks:03d}.wav"
-                write_wave(path, payload[0], rate)
-                chunks += 1
-                if args.json:
-                    emit({"event": "audio", "path": path, "samples": len(payload[0])}, raw)
-            elif event == "text" and payload[0] and args.stream and args.json:
-                emit({"event": "text", "text": payload[0]}, raw)
-    result, wave = payload
-    if wave is not None and not raw:
-        write_wave(target, wave, rate)
-        result["audio"] = target
-    if args.json:
-        emit({"event": "done", **result} if args.stream else result, raw)
-    else:
-        print(lines_for_people(result), file=sys.stderr if raw else sys.stdout, flush=True)
+            if event == "done":
+                try:
+                    finish(bot.args, *what)
+                except BadInput as e:
+                    bad += tell(e)
+            elif bot.args.stream:
+                stream(bot, wavs[0], event, *what)
+    return not bad
+
+
+def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> None:
+    """A piece of a reply: text as JSON, audio as PCM on stdout or as a file of its own."""
+    args, told = bot.args, {"event": event, "text": what}
+    if event == "audio" and args.out == "-":
+        sys.stdout.buffer.write((what.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
+        return sys.stdout.buffer.flush()
+    if event == "audio":
+        path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{number:03d}.wav"
+        write_wave(path, what, bot.model.cfg.vocoder.sample_rate)
+        told = {"event": event, "path": path, "samples": len(what)}
+    if args.json and len(what):
+        put(args, told)
+
+
+def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> None:
+    """A whole reply: the wav, and JSON or lines for people."""
+    if wave is not None and args.out != "-":
+        path = reply_path(result["wav"], args.out)
+        write_wave(path, wave, result["sample_rate"])
+        result["audio"] = path
+    told = {"event": "done", **result} if args.stream else result
+    put(args, told if args.json else lines_for_people(result))
 
 
 def arguments() -> argparse.Namespace:
@@ -277,73 +307,71 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)
-    p.add_argument("--temperature", type=float)
-    p.add_argument("--top-k", type=int)
-    p.add_argument("--top-p", type=float)
+    for flag, kind in (("--temperature", float), ("--top-k", int), ("--top-p", float)):
+        p.add_argument(flag, type=kind, help="not the checkpoint's")
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
-    labels = [w.strip() for w in args.labels.split(",")]
-    for w in labels:
-        if w not in echat.ASKED:
-            p.error(f"--labels: {w!r} is not among {', '.join(echat.ASKED)}")
-    args.labels = [w for w in echat.ASKED if w in labels]
-    if args.task in ("t2t", "tts") and (not args.text.strip() or args.wavs):
-        p.error(f"--task {args.task} takes --text and no wav")
-    if args.task in ("t2t", "tts") and args.interactive:
-        p.error("--interactive reads wavs, which --task t2t and tts do not take")
-    if args.task not in ("t2t", "tts") and not (args.wavs or args.interactive):
-        p.error("a wav is needed")
-    folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
-    if args.out and len(args.wavs) > 1 and not folder:
-        p.error("--out must be a folder when there are several wavs")
-    if args.out and not folder and not os.path.isdir(os.path.dirname(args.out) or "."):
-        p.error(f"--out {args.out}: no such folder")
-    bad = [name for name, good in (
-        ("max-tokens", args.max_tokens > 0), ("seed", abs(args.seed) < 2**63),
-        ("temperature", args.temperature is None or args.temperature >= 0),
-        ("top-k", args.top_k is None or args.top_k >= 0),
-        ("top-p", args.top_p is None or 0 < args.top_p <= 1)) if not good]
-    if bad:
-        p.error(f"--{bad[0]}: out of range")
+    args.labels = [w.strip() for w in args.labels.split(",")]
+    if wrong := next(objections(args), None):
+        p.error(wrong)
+    args.labels = [w for w in echat.ASKED if w in args.labels]
     return args
 
 
-def turns(args: argparse.Namespace):
-    """The wavs of the command line (None for a task without), then those a person types."""
-    yield from args.wavs or ([] if args.interactive else [None])
+def objections(args: argparse.Namespace):
+    """What is wrong with the arguments, a line each."""
+    heard, several = args.task not in ("t2t", "tts"), len(args.wavs) > 1
+    folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
+    home = os.path.dirname(args.out or "") or "."
+    for label in set(args.labels) - set(echat.ASKED):
+        yield f"--labels: {label!r} is not among {', '.join(echat.ASKED)}"
+    for wrong, told in (
+            (not heard and (not args.text.strip() or args.wavs),
+             f"--task {args.task} takes --text and no wav"),
+            (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
+            (heard and not args.wavs and not args.interactive, "a wav is needed"),
+            (args.out and several and not folder, "--out must be a folder for several wavs"),
+            (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
+            (args.max_tokens < 1 or abs(args.seed) >= 2**63, "--max-tokens, --seed: out of range"),
+            (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
+             or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
+             "--temperature, --top-k, --top-p: out of range")):
+        if wrong:
+            yield told
+
+
+def groups(args: argparse.Namespace):
+    """Wavs to answer at once: those of the command line, then each one that a person types."""
+    size = 1 if args.stream or args.interactive else AT_ONCE
+    wavs = args.wavs or ([] if args.interactive else [None])  # None: a task without
+    yield from (wavs[i:i + size] for i in range(0, len(wavs), size))
     while args.interactive:
         if sys.stdin.isatty():
             print("wav: ", end="", file=sys.stderr, flush=True)
         if not (line := sys.stdin.readline()):
             return
         if line.strip():
-            yield line.strip()
+            yield [line.strip()]
 
 
 def main() -> None:
-    args = arguments()
-    failed = False
+    args, good = arguments(), True
     try:
         bot = Chatbot(args, args.tokenizer, args.token2wav)
         if args.out and args.out.endswith("/"):
             os.makedirs(args.out, exist_ok=True)
-        for wav in turns(args):
-            try:
-                play(bot, wav, args.text)
-            except BadInput as e:
-                print(f"infer.py: {e}", file=sys.stderr)
-                failed = True
-            if not args.interactive:
-                bot.history = []
-    except (BadInput, BadCheckpoint) as e:
-        print(f"infer.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:
-        print(f"infer.py: {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        for wavs in groups(args):
+            good &= play(bot, wavs)
+            bot.history = bot.history if args.interactive else []
+    except BrokenPipeError:  # the player was closed; what is left in the buffer has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(1)
+    except (BadInput, BadCheckpoint, OSError) as e:
+        tell(f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(1)
-    sys.exit(2 if failed else 0)
+    sys.exit(0 if good else 2)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import re
 import shutil
 import sys
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pickle import UnpicklingError
 
 import torch
@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import adapter
 import decoder
@@ -41,14 +42,13 @@ from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, lo
 from flow import Flow, FlowConfig, load_cosyvoice1
 from vocoder import Generator, HiFT, VocoderConfig, hift, load_hift
 
-AUDIO = -1
+AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
 THINK, THINK_END = "<think>", "<think end>"
 
-# ---------------------------------------------------------------------------------------------
-# Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
+# ---- Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
 
-_YOU = ("You are OSUM-chat, {} by ASLP Lab. ")
+_YOU = "You are OSUM-chat, {} by ASLP Lab. "
 _BOTH = "You understand both the meaning and paralinguistic cues in speech"
 SYSTEM = {
     "s2s": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
@@ -87,13 +87,11 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
            history=()) -> list[int]:
-    """Ids of everything before the answer, the same in training and in generation.
-
-    `text`: the user prompt of understanding, the question of t2t, the words of tts. `n_audio`:
-    adapter frames of the user's speech, left as AUDIO slots. `history`: earlier turns as
-    (n_audio, reply text, reply codes), laid out as the released training code does it (the
-    speech unwrapped, `<|im_end|>` twice). Sequences: facts 3.4 of the released code.
-    """
+    """Ids of everything before the answer, the same in training and in generation. `text`: the
+    user prompt of understanding, the question of t2t, the words of tts. `n_audio`: adapter frames
+    of the user's speech, left as AUDIO slots. `history`: earlier turns as (n_audio, reply text,
+    reply codes), laid out as the released training code does it (the speech unwrapped,
+    `<|im_end|>` twice). Sequences: facts 3.4 of the released code."""
     speech = cfg.vocab  # virtual id of speech code 0
     ids = tok.fixed(f"<|im_start|>system\n{SYSTEM[task]}<|im_end|>\n{USER}")
     for frames, reply, reply_codes in history:
@@ -149,17 +147,15 @@ def read_think(think: str) -> dict:
         pattern = re.escape(template).replace(r"\{text\}", "(?P<transcript>.*?)")
         pattern = re.sub(r"\\\{(\w+)\\\}", r"<?(?P<\1>[^<>,]*)>?", pattern)
         if found := re.search(pattern, think, re.S):
-            known = {k: v.strip() for k, v in found.groupdict().items()}
-            out.update({k: v for k, v in known.items() if v not in ("", "&&")})
+            out |= {k: v.strip() for k, v in found.groupdict().items()
+                    if v.strip() not in ("", "&&")}
     return out
 
 
 def think_length(ids: list[int], tok) -> int:
-    """How many leading ids belong to the think: up to the token that completes `<think end>`.
-
-    The closing `>` may merge with what follows (`><`), so the marker is sought in the decoded
-    text, not among the ids (trap of the released code). 0 if there is no think.
-    """
+    """How many leading ids belong to the think: up to the token that completes `<think end>`; 0
+    if there is none. The closing `>` may merge with what follows (`><`), so the marker is sought
+    in the decoded text, not among the ids (trap of the released code)."""
     seen = b""
     for i, token in enumerate(ids):
         seen += tok.bytes_of(token)
@@ -168,8 +164,7 @@ def think_length(ids: list[int], tok) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------------------------------
-# Presets
+# ---- Presets
 
 @dataclass
 class Sampling:
@@ -230,31 +225,63 @@ def paper() -> Config:
 
 PRESETS = {"mini": mini, "small": small, "paper": paper}
 
-# ---------------------------------------------------------------------------------------------
-# The model
+# ---- The model
 
 
-def sample(logits: Tensor, how: Sampling, past: list[int], rng: torch.Generator) -> Tensor:
-    """One id from logits (V,): repetition penalty, temperature, top-k, top-p, then a draw."""
-    if how.repetition != 1.0 and past:
-        ids = torch.tensor(past, device=logits.device)
-        seen = logits[ids]
-        logits = logits.scatter(0, ids, torch.where(seen > 0, seen / how.repetition,
-                                                    seen * how.repetition))
+def sample(logits: Tensor, how: Sampling, past: list[list[int]],
+           rngs: list[torch.Generator]) -> Tensor:
+    """Ids (B,) from logits (B, V): repetition penalty, temperature, top-k, top-p, then a draw.
+    past, rngs: of each row the ids so far and the dice, so that a row gets what it gets alone."""
+    if how.repetition != 1.0:
+        logits = logits.clone()
+        for row, ids in zip(logits, past):
+            row[ids] *= torch.where(row[ids] > 0, 1 / how.repetition, how.repetition)
     if how.temperature == 0:
-        return logits.argmax()
-    logits = logits.float() / how.temperature
-    if how.top_k:
-        logits = logits.masked_fill(logits < logits.topk(min(how.top_k, len(logits)))[0][-1],
-                                    -torch.inf)
-    if how.top_p < 1:
-        ranked, order = logits.sort(descending=True)
-        p = ranked.softmax(-1)
-        ranked = ranked.masked_fill(p.cumsum(-1) - p > how.top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(0, order, ranked)
-    # Gumbel trick with noise from a CPU generator: the same seed gives the same reply anywhere.
-    noise = torch.rand(len(logits), generator=rng).clamp_(1e-20).log_().neg_()
-    return (logits.softmax(-1) / noise.to(logits.device)).argmax()
+        return logits.argmax(-1)
+    ranked, order = logits.float().topk(min(how.top_k or logits.shape[1], logits.shape[1]))
+    p = (ranked / how.temperature).softmax(-1)
+    p = p.masked_fill(p.cumsum(-1) - p > how.top_p, 0)
+    # Gumbel trick, with noise from the CPU: the same seed gives the same reply on any device.
+    noise = torch.stack([torch.rand(p.shape[1], generator=rng) for rng in rngs])
+    chosen = (p / noise.clamp_(1e-20).log_().neg_().to(p.device)).argmax(-1, keepdim=True)
+    return order.gather(1, chosen)[:, 0]
+
+
+def phases(layout: str, think: bool, tok, close: int):
+    """Who says the next token, "text" or "speech": a coroutine that is sent each token as it is
+    said, and at the end of the answer yields None. The layouts are those of `generate_all`."""
+    opened = layout == "speech"  # by the prompt of tts
+    token, seen = tok.im_end if opened else None, b""
+    while True:
+        words = spoken = 0
+        while token != tok.im_end and not (layout == "interleave" and words == TEXT_BLOCK):
+            token = yield "text"
+            if think:  # comes whole, before the first block
+                seen += tok.bytes_of(token)
+                think = THINK_END.encode() not in seen
+            else:
+                words += 1
+        if layout == "text":
+            yield None
+        while token == tok.im_end or spoken < SPEECH_BLOCK:
+            code = yield "speech"
+            if opened and code == close:
+                yield None
+            opened, spoken = True, spoken + 1  # the first code of an answer opens the speech
+
+
+class Answer:
+    """One row of a batch while it is generated: what it said, and who says the next token."""
+
+    def __init__(self, row: int, plan, seed: int):
+        self.row, self.plan, self.phase = row, plan, next(plan)
+        self.said, self.rng = {"text": [], "speech": []}, torch.Generator().manual_seed(seed)
+
+    def take(self, token: int) -> tuple[int, str, int]:
+        said = self.row, self.phase, token
+        self.said[self.phase].append(token)
+        self.phase = self.plan.send(token)
+        return said
 
 
 class EChat(nn.Module):
@@ -278,10 +305,8 @@ class EChat(nn.Module):
         return -(-frames // 8)
 
     def embed(self, ids: Tensor, speech: Tensor | None, lengths: Tensor | None) -> Tensor:
-        """ids (B, L), adapter output (N, S, D) with lengths (N,) -> embeddings (B, L, D).
-
-        The N pieces of audio fill the AUDIO slots in reading order: none, one or (with a history)
-        several in a row of ids."""
+        """ids (B, L), adapter output (N, S, D) with lengths (N,) -> embeddings (B, L, D). The
+        pieces of audio fill the AUDIO slots in reading order, any number in a row of ids."""
         x = self.decoder.embed(ids)
         if speech is None:
             return x
@@ -291,14 +316,12 @@ class EChat(nn.Module):
     def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
                 attend: Tensor | None = None, targets: Tensor | None = None,
                 heard: tuple[Tensor, Tensor] | None = None):
-        """ids (B, L) -> (logits, loss): joint logits over text and speech (facts 3.4).
+        """ids (B, L) -> joint logits over text and speech (B, L, V+codes+1), None. With targets
+        (B, L), -100 = no loss: logits only where there is a target, in row order (N, V+codes+1),
+        and the cross-entropy of each (N,).
 
         The user's audio: mel (B, T, n_mels) with mel_lengths, or `heard`, what hear() made of it.
-
-        With targets (B, L), -100 = no loss, logits are made only where there is a target, in
-        row order (N, V+codes+1), and loss is the cross-entropy of each (N,); else logits are
-        (B, L, V+codes+1) and loss None. `attend` (B, L) False masks a key (unknown labels).
-        """
+        `attend` (B, L) False masks a key (unknown labels)."""
         if mel is not None:
             heard = self.hear(mel, mel_lengths)
         x = self.embed(ids, *(heard or (None, None)))
@@ -336,79 +359,77 @@ class EChat(nn.Module):
         return int((~differs.any(0)).long().cumprod(0).sum()) if len(ids) > 1 else 0
 
     @torch.inference_mode()
-    def generate(self, ids: list[int], tok, mels: list[Tensor] = (), layout: str = "text",
-                 think: bool = False, how: dict[str, Sampling] | None = None, seed: int = 0,
-                 max_tokens: int = 1200):
-        """Yields ("text", id) and ("speech", code) as they come, after the prompt `ids`.
-
-        mels: a log-mel (T, n_mels) for each run of AUDIO slots, oldest first; how: the sampling
-        of "text" and "speech" where it is not the checkpoint's.
+    def generate_all(self, prompts: list[list[int]], tok, mels: list[Tensor] = (),
+                     layout: str = "text", think: bool = False,
+                     how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
+        """Yields (row, "text", id) and (row, "speech", code) as they come, for every prompt what
+        it gets alone. A row that has ended leaves the batch. mels: a log-mel (T, n_mels) for each
+        run of AUDIO slots, in reading order; how: sampling that is not the checkpoint's.
         layout: "text" until `<|im_end|>`; "speech" until speech closes (tts); "both", all text
         then all speech; "interleave", 6 text : 18 speech after the think (if `think`), which
         comes whole. Only the head of the current phase is asked, as released (training has one
-        softmax over both). `<|im_end|>` and the open and close of speech are yielded too.
-        """
-        cfg, device = self.cfg.decoder, next(self.parameters()).device
-        dtype = self.decoder.embed_tokens.weight.dtype
+        softmax over both). `<|im_end|>` and the open and close of speech are yielded too."""
+        cfg, table = self.cfg.decoder, self.decoder.embed_tokens.weight
+        device, dtype = table.device, table.dtype
         how = {"text": self.cfg.text, "speech": self.cfg.speech} | (how or {})
-        rng, past = torch.Generator().manual_seed(seed), {"text": [], "speech": []}
         heard = lengths = None
-        if mels:
-            lengths = torch.tensor([len(m) for m in mels], device=device)
-            mel = nn.utils.rnn.pad_sequence(list(mels), batch_first=True)  # (turns, T, n_mels)
-            heard, lengths = self.hear(mel.to(device, dtype), lengths)
-        x = self.embed(torch.tensor([ids], device=device), heard, lengths)
-        cache = KVCache(cfg, 1, len(ids) + max_tokens, dtype, device)
-        hidden = self.decoder.prefill(x, cache)
-        phase = "speech" if layout == "speech" else "text"
-        text_open, speech_open = phase == "text", phase == "speech"
-        block, seen = 0, b""  # tokens of this block; bytes of the think so far
+        if mels:  # one by one: a batch would save nothing on a CPU, and pads cost
+            heard = torch.cat([self.hear(mel[None].to(device, dtype), torch.tensor(
+                [len(mel)], device=device))[0] for mel in mels], 1)  # (1, all S, D)
+            lengths = torch.tensor([heard.shape[1]], device=device)
+        longest = max(map(len, prompts))
+        pads = [longest - len(ids) for ids in prompts]
+        ids = torch.tensor([[PAD] * n + ids for n, ids in zip(pads, prompts)], device=device)
+        cache = KVCache(cfg, len(ids), longest + max_tokens, dtype, device,
+                        torch.tensor(pads, device=device) if any(pads) else None)
+        hidden = self.decoder.prefill(self.embed(ids, heard, lengths), cache)  # (B, 1, D)
+        live = [Answer(i, phases(layout, think, tok, cfg.codes), seed) for i in range(len(ids))]
         for _ in range(max_tokens):
-            logits = self.decoder.logits(hidden[0, -1], phase)
-            token = int(sample(logits, how[phase], past[phase], rng))
-            past[phase].append(token)
-            yield phase, token
-            row = token if phase == "text" else cfg.vocab + token
-            block += 1
-            if phase == "text":
-                seen += tok.bytes_of(token) if think else b""
-                if token == tok.im_end:
-                    if layout == "text":
-                        return
-                    phase, text_open, block = "speech", False, 0
-                elif think:
-                    think, block = THINK_END.encode() not in seen, 0
-                elif layout == "interleave" and block == TEXT_BLOCK:
-                    phase, block = "speech", 0
-            elif token == cfg.codes and speech_open:
+            rows = torch.empty(len(live), 1, dtype=torch.long, device=device)
+            for phase in ("text", "speech"):
+                if here := [i for i, answer in enumerate(live) if answer.phase == phase]:
+                    logits = self.decoder.logits(hidden[here, -1], phase)
+                    tokens = sample(logits, how[phase], [live[i].said[phase] for i in here],
+                                    [live[i].rng for i in here])
+                    rows[here, 0] = tokens + cfg.vocab * (phase == "speech")
+            for answer, row in zip(live, rows[:, 0].tolist()):
+                yield answer.take(row - cfg.vocab * (answer.phase == "speech"))
+            here = [i for i, answer in enumerate(live) if answer.phase]
+            if not here:
                 return
-            else:
-                speech_open = True  # the first one is the opening token, 17 codes follow it
-                if text_open and block == SPEECH_BLOCK:
-                    phase, block = "text", 0
-            x = self.decoder.embed(torch.tensor([[row]], device=device))
-            hidden = self.decoder.decode(x, cache)
+            if len(here) < len(live):
+                cache.keep(here)
+                live, rows = [live[i] for i in here], rows[here]
+            hidden = self.decoder.decode(self.decoder.embed(rows), cache)
 
-    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "",
-               think: bool = True, interleave: bool = False, history=(),
-               how: dict[str, Sampling] | None = None, seed: int = 0, max_tokens: int = 1200):
-        """generate() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
-
-        history: earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
-        name = task
-        if task in ("s2s", "tts") and interleave:
-            name += "_stream"
-        think = think and task in ("s2s", "s2t")
-        name += "_think" if think else ""
+    def answers(self, tok, task: str, asked: list[tuple], think: bool = True,
+                interleave: bool = False, **options):
+        """generate_all() for one of the tasks s2s, s2t, t2t, tts, understand (with its prompt).
+        asked: of each row the log-mel (T, n_mels) or None, the text or "", and the history,
+        earlier turns as (log-mel (T, n_mels), reply text, reply codes)."""
         layout = {"s2s": "both", "tts": "speech"}.get(task, "text")
         layout = "interleave" if interleave and layout != "text" else layout
-        frames = 0 if mel is None else self.audio_slots(len(mel))
-        turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
-        ids = prompt(name, tok, self.cfg.decoder, frames, text, turns)
-        mels = [m for m, _, _ in history] + ([] if mel is None else [mel])
-        how = ({"text": self.cfg.understand} if task == "understand" else {}) | (how or {})
-        return self.generate(ids, tok, mels, layout, think and layout == "interleave", how, seed,
-                             max_tokens)
+        think = think and task in ("s2s", "s2t")
+        name = task + "_stream" * (layout == "interleave") + "_think" * think
+        prompts, mels = [], []
+        for mel, text, history in asked:
+            turns = [(self.audio_slots(len(m)), reply, codes) for m, reply, codes in history]
+            frames = 0 if mel is None else self.audio_slots(len(mel))
+            prompts.append(prompt(name, tok, self.cfg.decoder, frames, text, turns))
+            mels += [m for m, *_ in [*history, (mel,)] if m is not None]
+        own = {"text": self.cfg.understand} if task == "understand" else {}
+        options["how"] = own | (options.get("how") or {})
+        return self.generate_all(prompts, tok, mels, layout, think and layout == "interleave",
+                             **options)
+
+    def generate(self, ids: list[int], tok, *how, **options):
+        """generate_all() after one prompt, as (phase, token)."""
+        return (said[1:] for said in self.generate_all([ids], tok, *how, **options))
+
+    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "", history=(),
+               **options):
+        """answers() to one question, as (phase, token)."""
+        return (said[1:] for said in self.answers(tok, task, [(mel, text, history)], **options))
 
 
 class Token2Wav(nn.Module):
@@ -441,8 +462,7 @@ class Token2Wav(nn.Module):
         return wave[0].cpu(), (mel_state, wave_state)
 
 
-# ---------------------------------------------------------------------------------------------
-# Checkpoint folders: config.json, tokenizer.json and the safetensors files of DESIGN.md
+# ---- Checkpoint folders: config.json, tokenizer.json and the safetensors files of DESIGN.md
 
 class BadCheckpoint(ValueError):
     """A checkpoint that is missing, damaged or does not fit; the message is one clear line."""
@@ -450,20 +470,16 @@ class BadCheckpoint(ValueError):
 
 def config_from_dict(data: dict, cls=Config):
     """Nested dataclass from parsed JSON; a key the dataclass lacks is an error naming it."""
-    known = {f.name: f for f in fields(cls)}
-    out = {}
+    own, out = cls(), {}
     for key, value in data.items():
-        if key not in known:
+        if not hasattr(own, key):
             raise BadCheckpoint(f"config: unknown key {key!r} for {cls.__name__}")
-        default = known[key].default_factory() if callable(known[key].default_factory) else None
-        if is_dataclass(default):
+        if is_dataclass(default := getattr(own, key)):
             value = config_from_dict(value, type(default))
-        out[key] = tuple(map(_tuple, value)) if isinstance(value, list) else value
+        elif isinstance(value, list):
+            value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
+        out[key] = value
     return cls(**out)
-
-
-def _tuple(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 def load_config(folder: str) -> Config:
@@ -492,7 +508,7 @@ def found(path: str, error: Exception) -> str:
         head = f.read(100)
     kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
         (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
-    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error).splitlines()[0][:150]})"
+    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error)[:150].partition(chr(10))[0]})"
 
 
 @contextmanager
@@ -505,20 +521,18 @@ def expecting(what: str, path: str):
     except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as e:
         raise BadCheckpoint(f"{path}: expected {what}, found {found(path, e)}") from None
     except KeyError as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {e.args[0]}: missing") from None
+        raise BadCheckpoint(f"{path}: expected {what}; {e}: missing") from None
     except (ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {str(e).splitlines()[0]}") from None
+        raise BadCheckpoint(f"{path}: expected {what}; {str(e).partition(chr(10))[0]}") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
     """A safetensors or .pt file (never unpickling code) as a dict, or BadCheckpoint in one line.
-
     The weights are mapped: what is not used is not read."""
     pickled = path.endswith((".pt", ".pth"))
     with expecting("torch.save's weights" if pickled else "safetensors", path):
-        if not pickled:
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if pickled \
+            else load_file(path)
     for wrapper in ("model_state_dict", "module"):  # openai-whisper's, DeepSpeed's
         weights = weights.get(wrapper, weights) if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
@@ -526,52 +540,43 @@ def read_weights(path: str) -> dict[str, Tensor]:
     return weights
 
 
+class Hollow(TorchFunctionMode):
+    """Modules made inside are given no first weights: a file has them. (Not the meta device, which
+    takes a second to import torch's compiler for that.)"""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return function(*args, **kwargs)
+
+
 def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """Every key of `module` there, no other, every shape equal; or an error naming the key."""
     own = module.state_dict()
-    for name in sorted(own.keys() ^ weights.keys()):
-        raise BadCheckpoint(f"{source}: {'missing' if name in own else 'unexpected'} key {name}")
-    for name, w in weights.items():
-        if w.shape != own[name].shape:
-            raise BadCheckpoint(f"{source}: {name} is {tuple(w.shape)}, expected "
-                                f"{tuple(own[name].shape)}")
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in own or name not in weights:
+            raise BadCheckpoint(f"{source}: {name} {'missing' if name in own else 'unexpected'}")
+        if (was := tuple(weights[name].shape)) != (due := tuple(own[name].shape)):
+            raise BadCheckpoint(f"{source}: {name} is {was}, expected {due}")
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Load `weights` into `module`: every key used, every shape equal, or an error naming it."""
+    """Copy `weights` into `module`, if they are its own. Layer by layer: some are joined on the
+    way in (decoder.fuse), and nothing large should be held twice."""
     check(module, weights, source)
-    own = module.state_dict()
-    module.load_state_dict({k: v.to(own[k].dtype) for k, v in weights.items()})
-
-
-PART = 128 << 20  # bytes
-
-
-def fill(module: nn.Module, path: str, names: dict[str, str]) -> None:
-    """Copy weights from a file into a module; `names`: of each weight, ours -> the file's.
-
-    Some are joined on the way in (decoder.fuse), so mapping alone would not do. The file is mapped
-    anew for every part of it: what was copied is given back, and nothing is held twice."""
-    homes = {}  # weights that are joined share a home, two names up
-    for name in names:
-        homes.setdefault(name.rsplit(".", 2)[0] if ".layers." in name else name, []).append(name)
-    weights, part, size = read_weights(path), {}, 0
-    for home in homes.values():
-        more = sum(weights[names[name]].nbytes for name in home)
-        if size + more > PART:
-            module.load_state_dict(part, strict=False)
-            del weights
-            part, size, weights = {}, 0, read_weights(path)
-        part |= {name: weights[names[name]] for name in home}
-        size += more
-    module.load_state_dict(part, strict=False)
+    parts = {}
+    for name, weight in weights.items():
+        parts.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], {})[name] = weight
+    for part in parts.values():
+        module.load_state_dict(part, strict=False)
 
 
 def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file whole or not at all; floats in `dtype` if given."""
     tensors = module_or_dict if isinstance(module_or_dict, dict) else module_or_dict.state_dict()
-    cast = {k: v.to(dtype) if dtype and v.is_floating_point() else v for k, v in tensors.items()}
-    save_file({k: v.detach().cpu().contiguous() for k, v in cast.items()}, path + ".tmp")
+    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+               for k, v in tensors.items()}, path + ".tmp")
     os.replace(path + ".tmp", path)
 
 
@@ -585,63 +590,47 @@ def save_config(folder: str, cfg: Config) -> None:
 
 def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
-
     dtype: float32 where not given, or what the released file holds."""
     if file := osum_file(path):
-        cfg, names, own = read_osum(file)
+        cfg, weights = read_osum(file)
+        dtype = dtype or weights["decoder.speech_head.weight"].dtype
     else:
-        cfg, file, own = load_config(path), os.path.join(path, "model.safetensors"), torch.float32
-        names = {name: name for name in read_weights(file)}
-    with torch.device("meta"):
+        file = os.path.join(path, "model.safetensors")
+        cfg, weights = load_config(path), read_weights(file)
+    with Hollow():
         model = EChat(cfg)
-    weights = read_weights(file)
-    check(model, {name: weights[names[name]] for name in names}, file)
-    model = model.to(dtype or own).to_empty(device=device)
-    fill(model, file, names)
+    model = model.to("meta", dtype).to_empty(device=device)
+    fit(model, weights, file)
     return model.eval()
 
 
 # The released OSUM-EChat: one flat dict of the training code's names
 
-DEEPSPEED = "mp_rank_00_model_states.pt"
 TO_ADAPTER = ("down_sample_2.", "speech_transformer.", "speech_llama_proj.", "ln_speech.")
 
 
 def osum_file(path: str) -> str | None:
     """The weights file if `path` is a released file or a DeepSpeed training folder, else None."""
-    inside = os.path.join(path, DEEPSPEED)
-    return path if os.path.isfile(path) else inside if os.path.isfile(inside) else None
+    inside = os.path.join(path, "mp_rank_00_model_states.pt")
+    return next((p for p in (path, inside) if os.path.isfile(p)), None)
 
 
-def osum_config(weights: dict[str, Tensor]) -> Config:
-    """The paper's preset at the size of these weights; only widths of heads are taken as known."""
-    def rows(name: str, dim: int = 0) -> int:
-        return weights[name].shape[dim]
-
-    def layers(prefix: str) -> int:
-        return len({k[len(prefix):].split(".")[0] for k in weights if k.startswith(prefix)})
-    cfg, llm = paper(), "llama_model.model."
-    layer, width = llm + "layers.0.", cfg.decoder.head_dim
-    conv = "encoder.embed.conv.0.weight"
-    cfg.encoder = EncoderConfig(rows(conv, 1), rows(conv), rows(conv) // 64,
-                                layers("encoder.encoders."))
-    cfg.adapter = AdapterConfig(
-        rows("speech_llama_proj.weight", 1), rows("speech_llama_proj.weight"),
-        cfg.adapter.n_heads, layers("speech_transformer.encoders."),
-        rows("speech_transformer.encoders.0.feed_forward.w_1.weight"))
-    cfg.decoder = DecoderConfig(
-        rows(llm + "embed_tokens.weight"), rows(llm + "embed_tokens.weight", 1),
-        layers(llm + "layers."), rows(layer + "self_attn.q_proj.weight") // width,
-        rows(layer + "self_attn.k_proj.weight") // width, width,
-        rows(layer + "mlp.gate_proj.weight"), codes=rows("speech_head.weight") - 1)
-    return cfg
+def encoder_config(state: dict[str, Tensor]) -> EncoderConfig:
+    """The size of Whisper's encoder with these weights; all its heads are 64 wide."""
+    D, n_mels, _ = state["conv1.weight"].shape
+    return EncoderConfig(n_mels, D, D // 64, numbered(state, "blocks."))
 
 
-def read_osum(path: str) -> tuple[Config, dict[str, str], torch.dtype]:
-    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> config;
-    of each of our weights the name in the file; what type they have there."""
-    weights = read_weights(path)
-    own = {"encoder": {}, "adapter": {}, "decoder": {}}
+def numbered(state: dict[str, Tensor], prefix: str) -> int:
+    """How many layers there are under a prefix."""
+    return len({k[len(prefix):].split(".")[0] for k in state if k.startswith(prefix)})
+
+
+def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
+    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> the
+    paper's preset at the size of these weights (only widths of heads are taken as known), and the
+    weights by our names."""
+    weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
         part = "encoder" if key.startswith("encoder.") else \
             "adapter" if key.startswith(TO_ADAPTER) else "decoder"
@@ -650,59 +639,75 @@ def read_osum(path: str) -> tuple[Config, dict[str, str], torch.dtype]:
         if key not in weights:
             raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
                                 f"them {key}; found {len(weights)}, {next(iter(weights))} first")
+    llm, width = "llama_model.model.", cfg.decoder.head_dim
     with expecting("the weights of a released OSUM-EChat", path):
-        cfg = osum_config(weights)
         own["encoder"] = load_whisper(own["encoder"])
         own["adapter"] = adapter.load_osum(own["adapter"])
+        cfg.encoder, heard = encoder_config(own["encoder"]), own["adapter"]
+        cfg.adapter = AdapterConfig(*heard["proj.weight"].shape[::-1], cfg.adapter.n_heads,
+                                    numbered(heard, "blocks."), len(heard["blocks.0.mlp.0.weight"]))
+        q, k, ffn = (len(weights[f"{llm}layers.0.{name}_proj.weight"])
+                     for name in ("self_attn.q", "self_attn.k", "mlp.gate"))
+        cfg.decoder = DecoderConfig(
+            *weights[llm + "embed_tokens.weight"].shape, numbered(weights, llm + "layers."),
+            q // width, k // width, width, ffn, codes=len(weights["speech_head.weight"]) - 1)
         own["decoder"] = decoder.load_osum(own["decoder"], cfg.decoder)
-    theirs = {id(value): key for key, value in weights.items()}
-    names = {f"{part}.{name}": theirs[id(value)]
-             for part, state in own.items() for name, value in state.items()}
-    return cfg, names, weights["speech_head.weight"].dtype
+    return cfg, {f"{part}.{k}": v for part, state in own.items() for k, v in state.items()}
 
 
 def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
     """A voice file: spk (1, spk_dim), prompt_codes (1, P), prompt_mel (1, 4P, M)."""
     voice = {k: v.float() if v.is_floating_point() else v for k, v in read_weights(path).items()}
     spk, codes, mel = (voice.get(k, torch.zeros(0)) for k in ("spk", "prompt_codes", "prompt_mel"))
-    fits = codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
-    fits = fits and bool(((codes >= 0) & (codes < cfg.codes)).all()) and mel.dim() == 3
-    fits = fits and mel.shape[::2] == (1, cfg.mel) and spk.shape == (1, cfg.spk_dim)
     spare = 0 if cfg.causal else 6  # a prompt that is stretched may lack a few frames
-    if not fits or mel.shape[1] < cfg.frames(codes.shape[1]) - spare:
+    if not (codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
+            and ((codes >= 0) & (codes < cfg.codes)).all() and spk.shape == (1, cfg.spk_dim)
+            and mel.dim() == 3 and mel.shape[::2] == (1, cfg.mel)
+            and mel.shape[1] >= cfg.frames(codes.shape[1]) - spare):
         raise BadCheckpoint(f"{path}: not a voice for this model (spk, prompt_codes, prompt_mel)")
     return voice
+
+
+def restored(make, path: str, device) -> nn.Module:
+    """The module that make() makes, with the weights at `path`, in eval mode."""
+    with Hollow():
+        model = make()
+    fit(model, read_weights(path), path)
+    return model.to(device).eval()
 
 
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
     """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
     cfg = load_config(folder)
-    model = Token2Wav(cfg, load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow))
-    path = os.path.join(folder, "token2wav.safetensors")
-    fit(model, read_weights(path), path)
-    return model.to(device).eval()
+    voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
+    return restored(lambda: Token2Wav(cfg, voice), os.path.join(folder, "token2wav.safetensors"),
+                    device)
 
 
 def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
-    """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file."""
+    """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file; or of
+    CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
     cfg = paper()
     cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
     flow, wave = os.path.join(folder, "flow.pt"), os.path.join(folder, "hift.pt")
-    with torch.device("meta"):
-        model = Token2Wav(cfg, load_voice(voice, cfg.flow))
-    with expecting("the flow of CosyVoice-300M-25Hz", flow):
-        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)), assign=True)
+    try:
+        heard = load_voice(voice, cfg.flow)
+    except BadCheckpoint:
+        cfg.flow = FlowConfig.cosyvoice1(rate=50)
+        heard = load_voice(voice, cfg.flow)
+    with Hollow():
+        model = Token2Wav(cfg, heard)
+    with expecting("the flow of CosyVoice-300M", flow):
+        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)))
     with expecting("the vocoder of CosyVoice-300M", wave):
         model.vocoder = load_hift(wave)
     return model.to(device, torch.float32).eval()
 
 
 def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
-    """The speech tokenizer of a checkpoint folder, in eval mode."""
-    model = SpeechTokenizer(load_config(folder).s3)
-    path = os.path.join(folder, "tokenizer_s3.safetensors")
-    fit(model, read_weights(path), path)
-    return model.to(device).eval()
+    cfg = load_config(folder).s3
+    return restored(lambda: SpeechTokenizer(cfg),
+                    os.path.join(folder, "tokenizer_s3.safetensors"), device)
 
 
 def export(run: str, out: str) -> None:
@@ -710,9 +715,9 @@ def export(run: str, out: str) -> None:
     save_config(out, load_config(run))
     for name in ("model", "token2wav", "tokenizer_s3", "voice"):
         if os.path.exists(path := os.path.join(run, f"{name}.safetensors")):
-            save_weights(os.path.join(out, f"{name}.safetensors"), read_weights(path),
+            save_weights(os.path.join(out, os.path.basename(path)), read_weights(path),
                          torch.float16)
-    shutil.copy(os.path.join(run, "tokenizer.json"), os.path.join(out, "tokenizer.json"))
+    shutil.copy(os.path.join(run, "tokenizer.json"), out)
 
 
 def compose(preset: str, whisper: str, llm: str, out: str) -> None:
@@ -722,17 +727,13 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
         state["encoder"] = load_whisper(read_weights(whisper))
     with expecting("a Hugging Face folder of Qwen2 or Qwen2.5", llm):
         sizes, state["decoder"] = decoder.load_qwen2(llm)
-    first = state["encoder"]["conv1.weight"]
-    layers = {name.split(".")[1] for name in state["encoder"] if name.startswith("blocks.")}
-    cfg.encoder = EncoderConfig(first.shape[1], len(first), len(first) // 64, len(layers))
+    cfg.encoder = encoder_config(state["encoder"])
     cfg.decoder = DecoderConfig(**sizes, codes=cfg.decoder.codes)
-    cfg.adapter.d_in, cfg.adapter.d_out = len(first), cfg.decoder.dim
+    cfg.adapter.d_in, cfg.adapter.d_out = cfg.encoder.d_model, cfg.decoder.dim
     state["adapter"] = Adapter(cfg.adapter).state_dict()
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
-    with torch.device("meta"):
-        check(EChat(cfg), state, f"{whisper} and {llm}")
     save_config(out, cfg)
     save_weights(os.path.join(out, "model.safetensors"), state)
     with expecting("tokenizer.json", llm):
@@ -744,8 +745,8 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description="Make a checkpoint folder.")
     p.error = lambda message: p.exit(2, f"model.py: {message}\n")
-    p.add_argument("source", metavar="RUN|small|paper", help="a run to export, or a preset")
-    p.add_argument("out", metavar="OUT")
+    p.add_argument("source", help="RUN: a run to export, or a preset: small, paper")
+    p.add_argument("out")
     p.add_argument("--whisper", metavar="FILE", help="for a preset: Whisper's weights")
     p.add_argument("--llm", metavar="DIR", help="for a preset: folder of Qwen2.5-...-Instruct")
     args = p.parse_args()
@@ -755,8 +756,7 @@ def main() -> None:
         elif args.source in PRESETS and args.whisper and args.llm:
             compose(args.source, args.whisper, args.llm, args.out)
         else:
-            p.error(f"{args.source}: expected the folder of a run, or small --whisper FILE "
-                    "--llm DIR")
+            p.error(f"{args.source}: expected a run, or small --whisper FILE --llm DIR")
     except (BadCheckpoint, OSError) as e:
         p.error(str(e))
 

@@ -89,6 +89,24 @@ def test_cache_equals_no_cache_wherever_the_prefill_is_cut(model):
         torch.testing.assert_close(torch.cat(steps, 1), want[:, cut:], atol=1e-5, rtol=0)
 
 
+def test_rows_that_end_together_are_what_they_are_alone(model):
+    sizes, length = [5, 2, 4], 5
+    rows = [torch.randn(1, n + 3, CFG.dim) for n in sizes]
+    cache = KVCache(CFG, 3, length + 3, pads=torch.tensor([length - n for n in sizes]))
+    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
+    first = torch.cat([F.pad(x[:, :n], (0, 0, length - n, 0)) for x, n in zip(rows, sizes)])
+    got = [model.prefill(first, cache)]
+    got.append(model.decode(torch.cat([x[:, n:n + 1] for x, n in zip(rows, sizes)]), cache))
+    cache.keep([1, 2])
+    for i in (1, 2):
+        new = torch.cat([x[:, n + i:n + i + 1] for x, n in zip(rows[1:], sizes[1:])])
+        got.append(model.decode(new, cache))
+    for i, (x, n) in enumerate(zip(rows, sizes)):
+        want = model(x)[:, n - 1:]
+        own = [step[i - (len(step) == 2)] for step in got[:4 if i else 2]]
+        torch.testing.assert_close(torch.stack(own, 1), want[:, :len(own)], atol=1e-5, rtol=0)
+
+
 def test_a_full_cache_says_so(model):
     cache = KVCache(CFG, 1, 4)
     model.prefill(torch.randn(1, 4, CFG.dim), cache)

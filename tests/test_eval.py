@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -493,8 +494,24 @@ def test_griffin_lim_keeps_a_tone():
 
 
 def test_speed(world, monkeypatch, capsys):
-    text, result = call(world, monkeypatch, capsys, "speed")
-    assert result["device"] == "cpu" and result["decode_tok_per_s"] > 0 and "copy_GBps" in text
+    text, result = call(world, monkeypatch, capsys, "speed", "--tokens", "3")
+    assert result["device"] == "cpu" and "copy_GBps" in text
+    assert all(result[k] > 0 for k in ("decode_tok_per_s", "cold_encoder_ms", "prefill_ms",
+                                       "flow_rtf", "vocoder_rtf", "total_s", "load_s"))
+
+
+def test_speed_of_random_weights_beside_transformers(world, monkeypatch, capsys):
+    monkeypatch.setitem(ev.echat.PRESETS, "small", lambda: ev.echat.load_config(str(world)))
+    words = ["speed", "--preset", "small", "--tokens", "3", "--prompt", "50"]
+    result = call(world, monkeypatch, capsys, *words)[1]
+    assert result["weights"] == "small" and "total_s" not in result
+    if find_spec("transformers") is None:
+        with pytest.raises(SystemExit) as stop:
+            call(world, monkeypatch, capsys, *words, "--against", "transformers")
+        assert stop.value.code == 2 and "pip install" in capsys.readouterr().err
+        return
+    result = call(world, monkeypatch, capsys, *words, "--against", "transformers")[1]
+    assert result["transformers_over_ours"]["equal_tokens"]
 
 
 @pytest.mark.parametrize("argv", [

@@ -1,11 +1,14 @@
-"""The command line with a released file: what it needs, what it says, what it answers."""
+"""The command line: several wavs, odd wavs, a released file; what it needs, says and answers."""
 
 import json
+import resource
 import shutil
 
+import numpy as np
 import pytest
+import soundfile as sf
 import torch
-from conftest import CODES, tiny_config
+from conftest import CODES, copy_of, tiny_config, tone
 from test_model import released
 
 import infer
@@ -100,3 +103,105 @@ def test_codes_that_do_not_match_are_told(file, tokenizer_folder, checkpoint, ru
     code, _, err = run("--model", file, "--tokenizer", tokenizer_folder, "--task", "tts", "--text",
                        "hello", "--token2wav", checkpoint)
     assert code == 2 and "codes" in err
+
+
+def answers_of(out: str) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "timings"}
+            for line in out.splitlines()]
+
+
+@pytest.mark.parametrize("more", [["--task", "s2s", "--interleave", "--max-tokens", 70],
+                                  ["--task", "understand", "--max-tokens", 9]])
+def test_several_wavs_are_answered_as_one_by_one(checkpoint, run, wav, tmp_path, more):
+    wavs = [wav(0.5 + n / 9, 150 + 40 * n) for n in range(9)]  # eight and one
+    alone, words = [], ["--model", checkpoint, "--json", "--out", f"{tmp_path}/", *more]
+    for name in wavs:
+        alone += answers_of(run(name, *words)[1])
+    sound = [sf.read(a["audio"])[0] for a in alone if a["audio"]]
+    code, out, err = run(*wavs[:2], tmp_path / "none.wav", *wavs[2:], *words)
+    assert code == 2 and err.count("\n") == 1 and "none.wav: no such file" in err
+    assert answers_of(out) == alone and len({str(a["text"]) for a in alone}) > 1
+    for a, was in zip(alone, sound):
+        assert np.array_equal(sf.read(a["audio"])[0], was)
+
+
+def damaged(path, cut):
+    path.write_bytes(path.read_bytes()[:cut])
+
+
+ODD = {  # what is written to the wav, what is told; "" = there is a reply
+    "empty": (lambda p: p.write_bytes(b""), "not a readable audio file"),
+    "text": (lambda p: p.write_text("hello"), "not a readable audio file"),
+    "folder": (lambda p: p.mkdir(), "not a readable audio file"),
+    "header": (lambda p: (sf.write(p, tone(1.0), 16000), damaged(p, 44)), "no samples"),
+    "cut": (lambda p: (sf.write(p, tone(1.0), 16000), damaged(p, 20000)), ""),
+    "silent": (lambda p: sf.write(p, np.zeros(16000), 16000), "silence"),
+    "constant": (lambda p: sf.write(p, np.full(16000, 0.5), 16000), "silence"),
+    "nan": (lambda p: sf.write(p, np.full(16000, np.nan), 16000, "FLOAT"), "not numbers"),
+    "infinite": (lambda p: sf.write(p, np.full(16000, np.inf), 16000, "FLOAT"), "not numbers"),
+    "short": (lambda p: sf.write(p, tone(0.05), 16000), "0.05 s of audio, too short"),
+    "long": (lambda p: sf.write(p, tone(600, 8000), 8000), "600 s of audio, the limit is 200 s"),
+    **{subtype: (lambda p, subtype=subtype: sf.write(p, tone(0.5), 16000, subtype), "")
+       for subtype in ("PCM_U8", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW")},
+    **{f"{rate} Hz": (lambda p, rate=rate: sf.write(p, tone(0.5, rate), rate), "")
+       for rate in (8000, 11025, 44100, 48000)},
+    "stereo": (lambda p: sf.write(p, np.stack([tone(0.5)] * 2, 1), 16000), ""),
+    "loud": (lambda p: sf.write(p, 1e4 * tone(0.5), 16000, "FLOAT"), ""),
+}
+
+
+def test_odd_wavs_get_a_reply_or_one_line(checkpoint, run, tmp_path):
+    for name, (write, _) in ODD.items():
+        write(tmp_path / f"{name}.wav")
+    out = tmp_path / "out"
+    code, told, err = run(*(tmp_path / f"{name}.wav" for name in ODD), "--model", checkpoint,
+                          "--json", "--out", f"{out}/", "--max-tokens", 30, "--think", "off")
+    lines, replies = err.splitlines(), [json.loads(line)["wav"] for line in told.splitlines()]
+    wrong = {name: words for name, (_, words) in ODD.items() if words}
+    assert code == 2 and len(lines) == len(wrong), err
+    for (name, words), line in zip(wrong.items(), lines):
+        assert f"{name}.wav: " in line and words in line and "Traceback" not in line
+    assert replies == [str(tmp_path / f"{name}.wav") for name in ODD if name not in wrong]
+    assert all(p.name.endswith(".reply.wav") for p in out.iterdir())
+
+
+def test_what_cannot_be_written_or_read_is_one_line(checkpoint, run, wav, tmp_path):
+    broken = copy_of(checkpoint, tmp_path / "broken")
+    shutil.copy(broken / "token2wav.safetensors", broken / "model.safetensors")
+    cut = copy_of(checkpoint, tmp_path / "cut")
+    damaged(cut / "model.safetensors", 900)
+    for words, told in ((["--model", broken], "model.safetensors"),
+                        (["--model", cut], "expected safetensors, found"),
+                        (["--model", tmp_path / "none"], "none"),
+                        (["--model", checkpoint, "--voice", wav(1.0)], "expected safetensors"),
+                        (["--model", checkpoint, "--out", tmp_path / "no" / "a.wav"], "folder"),
+                        (["--model", checkpoint, "--top-p", "0"], "--top-p"),
+                        (["--model", checkpoint, "--labels", "asr,mood"], "mood")):
+        code, out, err = run(wav(1.0), "--max-tokens", 30, *words)
+        assert code == 2 and told in err and err.count("\n") == 1 and not out, err
+
+
+def test_a_streamed_reply_is_the_reply(checkpoint, run, wav, tmp_path):
+    words = [wav(1.0), "--model", checkpoint, "--json", "--max-tokens", 90, "--think", "off",
+             "--interleave"]
+    whole = answers_of(run(*words, "--out", tmp_path / "a.wav")[1])[0]
+    events = answers_of(run(*words, "--stream", "--out", tmp_path / "b.wav")[1])
+    pieces = [sf.read(e["path"])[0] for e in events if e["event"] == "audio"]
+    text = "".join(e["text"] for e in events if e["event"] == "text")
+    assert text.strip() == whole["text"], (text, whole["text"])
+    assert events[-1].pop("event") == "done" and len(pieces) > 1
+    assert events[-1] | {"audio": None} == whole | {"audio": None}
+    want = sf.read(tmp_path / "a.wav")[0]
+    assert np.abs(np.concatenate(pieces) - want).max() < 1e-3
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_reply(checkpoint, run, wav, tmp_path, monkeypatch):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    words = ["--task", "tts", "--text", "hello", "--model", checkpoint, "--max-tokens", 30]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # no file longer than this
+    try:
+        code, out, err = run(*words, "--out", tmp_path / "a.wav")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and "a.wav: cannot be written" in err and not out
+    assert err.count("\n") == 1 and not (tmp_path / "a.wav").exists(), err

@@ -160,9 +160,8 @@ def test_think_length_whatever_the_bracket_merges_with(tok):
 
 def draws(logits, how, past=(), n=600):
     rng = torch.Generator().manual_seed(0)
-    got = [int(echat.sample(logits, how, list(past), rng))
-           for _ in range(n)]
-    return torch.bincount(torch.tensor(got), minlength=len(logits)) / n
+    got = echat.sample(logits.expand(n, -1), how, [list(past)] * n, [rng] * n)
+    return torch.bincount(got, minlength=len(logits)) / n
 
 
 def test_sampling_follows_the_distribution():
@@ -179,9 +178,11 @@ def test_sampling_follows_the_distribution():
 
 def test_repetition_penalty_is_that_of_transformers():
     logits = torch.tensor([2.0, 1.9, -1.0])
-    assert echat.sample(logits, Sampling(repetition=1.1), [0, 0], None) == 1
-    assert echat.sample(-logits, Sampling(repetition=3.0), [2], None) == 2
-    assert echat.sample(logits - 3, Sampling(repetition=1.2), [0], None) == 1
+    for row, penalty, past, want in ((logits, 1.1, [0, 0], 1), (-logits, 3.0, [2], 2),
+                                     (logits - 3, 1.2, [0], 1)):
+        both = torch.stack([row, row])  # the second has said nothing
+        got = echat.sample(both, Sampling(repetition=penalty), [past, []], [])
+        assert got.tolist() == [want, int(row.argmax())]
 
 
 # ---- the state machine -------------------------------------------------------------------------
@@ -209,7 +210,7 @@ def follow(model, script, monkeypatch):
     def logits(hidden, head):
         phase, token = next(steps)
         assert head == phase
-        return F.one_hot(torch.tensor(token), V if head == "text" else CODES + 1).float()
+        return F.one_hot(torch.tensor([token]), V if head == "text" else CODES + 1).float()
 
     embed = model.decoder.embed
     monkeypatch.setattr(model.decoder, "logits", logits)
@@ -268,6 +269,24 @@ def test_same_seed_same_tokens(model, tok):
     assert say(1) == say(1) != say(2)
 
 
+@pytest.mark.parametrize("task, interleave", [("s2s", False), ("s2s", True), ("understand", False),
+                                              ("s2t", False)])
+def test_a_row_of_a_batch_is_what_it_is_alone(model, tok, task, interleave):
+    """Rows of all lengths, one with a history; they end at different times and leave."""
+    past = [(mel(50, 9), "hello", some_codes(5))]
+    asked = [(mel(n, n), "", past if n == 33 else ()) for n in (80, 17, 33, 60)]
+    how = {"text": Sampling(2.0, 0, 0.99, 1.1), "speech": Sampling(2.0)}
+    options = dict(think=False, interleave=interleave, how=how, seed=5, max_tokens=200)
+    rows = [[] for _ in asked]
+    ends = model.decoder.embed_tokens.weight[tok.im_end]
+    ends *= 4  # a likelier end
+    for i, *said in model.answers(tok, task, asked, **options):
+        rows[i].append(tuple(said))
+    for row, (heard, text, history) in zip(rows, asked):
+        assert row == list(model.answer(tok, task, heard, text, history, **options))
+    assert len({len(row) for row in rows}) > 1
+
+
 def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     """Both phases, with a history: prefill and single steps against the training forward."""
     past = [(mel(50, 1), "hello", some_codes(5)), (mel(33, 2), "the user", [])]
@@ -295,12 +314,12 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     ("tts", {"interleave": True}, "tts_stream", "interleave", False)])
 def test_answer_picks_prompt_and_layout(model, tok, monkeypatch, task, options, name, layout,
                                         think):
-    monkeypatch.setattr(model, "generate", lambda *args: args)
+    monkeypatch.setattr(model, "generate_all", lambda *args, how: (*args, how))
     heard = None if task in ("t2t", "tts") else mel(40)
     text = "hello" if heard is None else ""
-    ids, _, mels, *rest = model.answer(tok, task, heard, text, **options)
-    assert rest[:2] == [layout, think] and len(mels) == (heard is not None)
-    assert ids == prompt(name, tok, model.cfg.decoder, 0 if heard is None else 5, text)
+    ids, _, mels, *rest = model.answers(tok, task, [(heard, text, ())] * 2, **options)
+    assert rest[:2] == [layout, think] and len(mels) == 2 * (heard is not None)
+    assert ids == [prompt(name, tok, model.cfg.decoder, 0 if heard is None else 5, text)] * 2
     assert ("text" in rest[2]) == (task == "understand")
 
 
@@ -529,6 +548,15 @@ def test_broken_checkpoints_are_told_in_one_line(checkpoint, tmp_path, what):
     assert names.get(what, "") in message
 
 
+@pytest.mark.parametrize("error", [RuntimeError(), KeyError(), ValueError(), KeyError("spk")])
+def test_an_error_without_a_message_is_told_too(tmp_path, error):
+    (tmp_path / "a.pt").write_bytes(b"abc")
+    with pytest.raises(BadCheckpoint, match="a.pt: expected weights") as told:
+        with echat.expecting("weights", str(tmp_path / "a.pt")):
+            raise error
+    assert "\n" not in str(told.value)
+
+
 def test_a_failed_save_leaves_the_old_file(checkpoint, tmp_path):
     folder = copy_of(checkpoint, tmp_path)
     old = (folder / "model.safetensors").read_bytes()
@@ -588,10 +616,9 @@ def same(a: EChat, b: EChat) -> bool:
     return all(k == j and torch.equal(v, w) for (k, v), (j, w) in pairs)
 
 
-def test_a_released_file_is_read_by_shape(tmp_path, monkeypatch):
+def test_a_released_file_is_read_by_shape(tmp_path):
     model, theirs = released()
     torch.save(theirs, tmp_path / "tag_think_final.pt")
-    monkeypatch.setattr(echat, "PART", 20000)  # several parts
     loaded = load_echat(str(tmp_path / "tag_think_final.pt"))
     assert same(loaded, model) and not loaded.training
     cfg, want = loaded.cfg, released_config()
