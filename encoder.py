@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from decoder import exact
 
 # ---- log-mel -----------------------------------------------------------------------------------
 
@@ -354,10 +353,12 @@ NAMES = {  # module of HF, WeNet (the released OSUM-EChat) or S3Tokenizer -> our
 POSITIONS = ("positional_embedding", "embed_positions.weight", "embed.pos_enc.pe")
 
 
-def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights by our names, and their names by ours. A decoder is left out, and so are stored
-    positions, once they are seen to be the sinusoids (up to the rounding of half precision)."""
-    found, theirs = {}, {}
+def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
+    begin with "encoder.") -> our names. A decoder is left out, and so are stored positions, once
+    they are seen to be the sinusoids (up to the rounding of half precision; else ValueError).
+    Whoever loads the result sees whether all is there, and nothing else."""
+    found = {}
     for old, value in state.items():
         name = re.sub(r"^(model\.)?encoder\.", "", old)
         name = re.sub(r"^(layers|encoders)\.", "blocks.", name)
@@ -368,40 +369,28 @@ def rename(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]
             if not torch.allclose(table, sinusoids(*table.shape, table.device), atol=1e-2):
                 raise ValueError(f"{old}: not Whisper's sinusoids, which are all we compute")
         elif name in found:
-            raise ValueError(f"{old}: the same weight as {theirs[name]}")
+            raise ValueError(f"{old}: twice in this file")
         elif not re.match(r"(model\.)?decoder\.|proj_out\.", old):
-            found[name], theirs[name] = value, old
-    return found, theirs
-
-
-def sizes(found: dict[str, Tensor]) -> dict[str, int]:
-    """The config fields that names and shapes tell; all of Whisper's heads are 64 wide."""
-    if "conv1.weight" not in found:
-        raise ValueError("conv1.weight: missing")
-    D, n_mels, _ = found["conv1.weight"].shape
-    n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
-    return dict(n_mels=n_mels, d_model=D, n_heads=D // 64, n_layers=n_layers)
-
-
-def load_whisper(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Whisper under openai's, HF's or WeNet's names (of a released OSUM-EChat file: its keys that
-    begin with "encoder.") -> state dict of an Encoder of the same size. ValueError: a bad key."""
-    found, theirs = rename(state)
-    with torch.device("meta"):
-        return exact(found, Encoder(EncoderConfig(**sizes(found))).state_dict(), theirs)
+            found[name] = value
+    return found
 
 
 def released_s3(state: dict[str, Tensor], rate: int = 25) -> SpeechTokenizer:
     """S3 v1 under S3Tokenizer's names -> the tokenizer, ready to encode. The weights do not tell
     whether they make 25 or 50 codes a second. ValueError: a bad key."""
-    found, theirs = rename(state)
-    codes = len(found.get("codebook.embed", ()))
+    found = load_whisper(state)
+    if "conv1.weight" not in found:
+        raise ValueError("conv1.weight: missing")
+    (D, n_mels, _), codes = found["conv1.weight"].shape, len(found.get("codebook.embed", ()))
+    n_layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     with torch.device("meta"):
-        model = SpeechTokenizer(TokenizerConfig(**sizes(found), conv1_stride=50 // rate, pool=1,
-                                                codes=codes))
+        model = SpeechTokenizer(TokenizerConfig(
+            n_mels, D, D // 64, n_layers, conv1_stride=50 // rate, pool=1, codes=codes))
     averages = {"codebook.counts": torch.ones(codes), "codebook.fitted": torch.tensor(True)}
-    exact(found | averages, model.state_dict(), theirs)  # averages are of training: not released
-    model.load_state_dict(found | averages, assign=True)
+    try:  # averages are of training: not released
+        model.load_state_dict(found | averages, assign=True)
+    except RuntimeError as e:
+        raise ValueError(" ".join(str(e).split())) from None  # torch names every key, a line each
     return model.eval()
 
 

@@ -698,7 +698,7 @@ def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
     with Hollow():
         model = Token2Wav(cfg, heard)
     with expecting("the flow of CosyVoice-300M", flow):
-        model.flow.load_state_dict(load_cosyvoice1(read_weights(flow)))
+        fit(model.flow, load_cosyvoice1(read_weights(flow)), flow)
     with expecting("the vocoder of CosyVoice-300M", wave):
         model.vocoder = load_hift(wave)
     return model.to(device, torch.float32).eval()
@@ -725,15 +725,17 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     cfg, state = PRESETS[preset](), {}
     with expecting("the weights of Whisper", whisper):
         state["encoder"] = load_whisper(read_weights(whisper))
+        cfg.encoder = encoder_config(state["encoder"])
     with expecting("a Hugging Face folder of Qwen2 or Qwen2.5", llm):
         sizes, state["decoder"] = decoder.load_qwen2(llm)
-    cfg.encoder = encoder_config(state["encoder"])
     cfg.decoder = DecoderConfig(**sizes, codes=cfg.decoder.codes)
     cfg.adapter.d_in, cfg.adapter.d_out = cfg.encoder.d_model, cfg.decoder.dim
     state["adapter"] = Adapter(cfg.adapter).state_dict()
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
+    with Hollow():
+        check(EChat(cfg), state, f"{whisper}, {llm}")
     save_config(out, cfg)
     save_weights(os.path.join(out, "model.safetensors"), state)
     with expecting("tokenizer.json", llm):

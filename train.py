@@ -294,7 +294,8 @@ class Dialogue:
         self.module = EChat(cfg)
         load_if_there(self.module, args.init, "model.safetensors")
         if args.whisper:
-            self.module.encoder.load_state_dict(load_whisper(echat.read_weights(args.whisper)))
+            weights = load_whisper(echat.read_weights(args.whisper))
+            echat.fit(self.module.encoder, weights, args.whisper)
             self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
         if args.ear:

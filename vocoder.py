@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-import encoder
-from decoder import exact
 
 SLOPE = 0.1  # of every LeakyReLU but the last one, which has torch's default 0.01
 
@@ -74,7 +72,16 @@ def hift() -> VocoderConfig:
 # ---- mel -----------------------------------------------------------------------------------------
 
 def mel_filters(cfg: VocoderConfig, fmax: float) -> Tensor:
-    return encoder.mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels, cfg.fmin, fmax)  # (M, bins)
+    """Slaney's triangles, linear below 1 kHz, logarithmic above, each of area one -> (M, bins)."""
+    step = math.log(6.4) / 27  # 27 mels from 1 kHz to 6.4 kHz
+    to_mel = lambda f: f * 3 / 200 if f < 1000 else 15 + math.log(f / 1000) / step
+    mels = torch.linspace(to_mel(cfg.fmin), to_mel(fmax), cfg.n_mels + 2, dtype=torch.float64)
+    hz = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * step))
+    bins = torch.linspace(0, cfg.sample_rate / 2, cfg.n_fft // 2 + 1, dtype=torch.float64)
+    slopes = (bins - hz[:, None]) / hz.diff(append=hz[-1:] + 1)[:, None]  # rising, one per corner
+    falls = (hz[2:, None] - bins) / (hz[2:] - hz[1:-1])[:, None]
+    area = 2 / (hz[2:] - hz[:-2])
+    return (torch.minimum(slopes[:-2], falls).clamp(min=0) * area[:, None]).float()
 
 
 def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -> Tensor:
@@ -415,6 +422,15 @@ def read_pickled(path: str, what: str) -> dict[str, Tensor]:
     return fold_weights(state)
 
 
+def filled(model: nn.Module, state: dict[str, Tensor], path: str) -> nn.Module:
+    """The model with these weights; ValueError in one line, naming every key that does not fit."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: {' '.join(str(e).split())}") from None
+    return model
+
+
 def load_hifigan(path: str) -> Generator:
     """A generator file of the original HiFi-GAN (22.05 kHz, V1, V2 or V3, told by its width)."""
     state = read_pickled(path, "a generator of HiFi-GAN")
@@ -424,8 +440,7 @@ def load_hifigan(path: str) -> Generator:
         raise ValueError(f"{path}: expected a generator of HiFi-GAN with conv_pre.bias of 512, 128 "
                          f"or 256, found {width or 'none'}")
     generator = Generator(hifigan(version, 22050))
-    generator.load_state_dict(exact(state, generator.state_dict()))
-    return generator
+    return filled(generator, state, path)
 
 
 def load_hift(path: str) -> HiFT:
@@ -435,5 +450,4 @@ def load_hift(path: str) -> HiFT:
     state = {k.removeprefix("generator."): v.flatten() if k.endswith(".alpha") else v
              for k, v in state.items()}
     model = HiFT(hift())
-    model.load_state_dict(exact(state, model.state_dict()))
-    return model
+    return filled(model, state, path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adapter import Adapter, AdapterConfig, load_osum, out_length, positions
+from model import BadCheckpoint, fit
 
 CFG = AdapterConfig(d_in=16, d_out=12, n_heads=2, n_layers=2, ffn=24)
 
@@ -94,12 +95,13 @@ def test_released_weights():
 def test_a_bad_key_is_named():
     _, theirs = released()
     key = "speech_transformer.encoders.0.norm2.bias"
-    for bad, message in (({**theirs, "speech_transformer.extra.bias": torch.ones(1)}, "extra.bias"),
-                         ({**theirs, key: torch.ones(3)}, key),
-                         ({k: v for k, v in theirs.items() if k != key}, "blocks.0.mlp_ln.bias"),
-                         ({}, "embed.weight: missing")):
-        with pytest.raises(ValueError, match=message):
-            load_osum(bad)
+    for bad, message in (
+            ({**theirs, "speech_transformer.extra.bias": torch.ones(1)}, "extra.bias unexpected"),
+            ({**theirs, key: torch.ones(3)}, r"blocks.0.mlp_ln.bias is \(3,\), expected \(16,\)"),
+            ({k: v for k, v in theirs.items() if k != key}, "blocks.0.mlp_ln.bias missing"),
+            ({}, "missing")):
+        with pytest.raises(BadCheckpoint, match=message):
+            fit(Adapter(CFG), load_osum(bad), "file.pt")
 
 
 def test_heads_begin_by_looking_at_their_neighbours():

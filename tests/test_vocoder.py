@@ -306,7 +306,7 @@ def test_wrong_files_are_told_in_one_line(tmp_path, load):
     with pytest.raises(ValueError, match="found something else than weights by name"):
         load(path)
     torch.save(state, path)
-    with pytest.raises(ValueError, match="found 8|missing|no such weight|, expected "):
+    with pytest.raises(ValueError, match="found 8|Missing key"):
         load(path)
     with pytest.raises(ValueError, match="weight_g: missing"):
         fold_weights({"conv_pre.weight_v": torch.ones(2, 3, 1)})
