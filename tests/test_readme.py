@@ -3,9 +3,12 @@
     python tests/test_readme.py        # set the line numbers right after an edit
 """
 
+import ast
 import re
 import shlex
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -84,6 +87,15 @@ def renumber(match: re.Match) -> str:
     file, line, name = match.groups()
     here = min(places(file, name), key=lambda i: abs(i - int(line)), default=line)
     return f"`{file}:{here} {name}`"
+
+
+@pytest.mark.parametrize("name", ["encoder", "adapter", "decoder", "flow", "vocoder"])
+def test_components_stand_alone(name):
+    """Each can be read, and taken elsewhere, by itself."""
+    tree = ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    used = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    used |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert not used & {path.stem for path in ROOT.glob("*.py")}
 
 
 if __name__ == "__main__":
