@@ -44,12 +44,10 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import scipy  # its parts load when they are first used
 import soundfile as sf
 import tiktoken
 import torch
-from scipy import fft
-from scipy.ndimage import median_filter, uniform_filter1d
-from scipy.signal import fftconvolve, lfilter, resample_poly
 from torch import Tensor
 from tqdm import tqdm
 
@@ -217,7 +215,8 @@ def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | 
         raise BadInput(f"{name}: holds samples that are not numbers")
     if own_rate != rate:
         common = math.gcd(own_rate, rate)
-        wave = resample_poly(wave, rate // common, own_rate // common).astype(np.float32)
+        wave = scipy.signal.resample_poly(wave, rate // common, own_rate // common)
+        wave = wave.astype(np.float32)
     return torch.from_numpy(np.ascontiguousarray(wave))
 
 
@@ -690,7 +689,7 @@ def speak_hibari(text: str, k: float, median: float, recipe: Recipe, rng) -> np.
         parts.append([o[0] for o in tts.sess.run(None, {"ids": ids, "speed": speed})])
     lh, th, ln, lr, phi, f0 = (np.concatenate(p, -1) for p in zip(*parts))
     target = pitch_curve(f0 * (f0 > 50), median, recipe, rng)
-    lh = uniform_filter1d(lh, 7, axis=0)  # between the old harmonics it is not defined
+    lh = scipy.ndimage.uniform_filter1d(lh, 7, axis=0)  # undefined between the old harmonics
     if k != 1:  # another throat: move the envelopes; the free-phase branch keeps the old pitch,
         # so weaken it where the new one sounds
         lr = lr - 0.7 * (f0 > 50) * (np.arange(len(lr)) < 150)[:, None]
@@ -706,9 +705,9 @@ def track_f0(x: np.ndarray) -> np.ndarray:
     width, size, (low, high) = 800, 2048, (QUERY_SR // 520, QUERY_SR // 60)
     frames = np.lib.stride_tricks.sliding_window_view(np.pad(x, width // 2), width)[::200]
     window = np.hanning(width)
-    power = np.abs(fft.rfft(frames * window, size)) ** 2
-    shape = fft.irfft(np.abs(fft.rfft(window, size)) ** 2)
-    r = fft.irfft(power)
+    power = np.abs(scipy.fft.rfft(frames * window, size)) ** 2
+    shape = scipy.fft.irfft(np.abs(scipy.fft.rfft(window, size)) ** 2)
+    r = scipy.fft.irfft(power)
     r = r[:, low:high] / (r[:, :1] + 1e-9)
     r /= shape[low:high] / shape[0]
     peak = r.max(1)
@@ -717,7 +716,7 @@ def track_f0(x: np.ndarray) -> np.ndarray:
                     for row, l in zip(r, lag)])
     energy = (frames ** 2).mean(1)
     voiced = (peak > 0.55) & (energy > 0.003 * energy.max())
-    return median_filter(np.where(voiced, QUERY_SR / lag, 0), 5)
+    return scipy.ndimage.median_filter(np.where(voiced, QUERY_SR / lag, 0), 5)
 
 
 def pitch_curve(f0: np.ndarray, median: float, r: Recipe, rng, seconds=None) -> np.ndarray:
@@ -769,7 +768,7 @@ def psola(x: np.ndarray, f0: np.ndarray, target: np.ndarray, stretch: float) -> 
 def resample(x: np.ndarray, rate_in: float, rate_out: float) -> np.ndarray:
     """Polyphase resampling by the nearest small fraction."""
     ratio = Fraction(rate_out / rate_in).limit_denominator(160)
-    return resample_poly(x, ratio.numerator, ratio.denominator)
+    return scipy.signal.resample_poly(x, ratio.numerator, ratio.denominator)
 
 
 def trim(x: np.ndarray, sr: int, keep: float = 0.08) -> np.ndarray:
@@ -779,7 +778,7 @@ def trim(x: np.ndarray, sr: int, keep: float = 0.08) -> np.ndarray:
 
 
 def envelope(x: np.ndarray, width: int = 320) -> np.ndarray:
-    return np.sqrt(uniform_filter1d(x * x, width).clip(1e-12))
+    return np.sqrt(scipy.ndimage.uniform_filter1d(x * x, width).clip(1e-12))
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -791,9 +790,9 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 def effects(x: np.ndarray, r: Recipe, rng) -> np.ndarray:
     """The recipe's colour on a 16 kHz wave: tilt, tremor, creak, clipping, breath, level."""
-    spectrum = fft.rfft(x, fft.next_fast_len(len(x), real=True))
+    spectrum = scipy.fft.rfft(x, scipy.fft.next_fast_len(len(x), real=True))
     octave = np.log2(np.linspace(1, 8000, len(spectrum)) / 1000).clip(-2, 3)
-    x = unit(fft.irfft(spectrum * 10 ** (r.tilt * octave / 20))[:len(x)])
+    x = unit(scipy.fft.irfft(spectrum * 10 ** (r.tilt * octave / 20))[:len(x)])
     clock = 2 * np.pi * np.arange(len(x)) / QUERY_SR
     for hz, depth in r.tremor:
         x = x * (1 + 4 * depth * np.sin(hz * clock + rng.uniform(0, 6.28)))
@@ -814,14 +813,14 @@ def resonate(x: np.ndarray, peaks: list[tuple]) -> np.ndarray:
     for hz, width, gain in peaks:
         radius = np.exp(-np.pi * width / QUERY_SR)
         a = [1, -2 * radius * np.cos(2 * np.pi * min(hz, 7600) / QUERY_SR), radius ** 2]
-        y += gain * lfilter([1 - radius], a, x)
+        y += gain * scipy.signal.lfilter([1 - radius], a, x)
     return y
 
 
 def buzz(f0: np.ndarray) -> np.ndarray:
     """Glottal pulses (leaky-integrated impulses) on a per-sample pitch curve."""
     phase = np.cumsum(f0 / QUERY_SR)
-    return lfilter([1], [1, -0.9], np.diff(np.floor(phase), prepend=0))
+    return scipy.signal.lfilter([1], [1, -0.9], np.diff(np.floor(phase), prepend=0))
 
 
 def bump(n: int, attack: float = 0.2, decay: float = 3.0) -> np.ndarray:
@@ -880,7 +879,7 @@ def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
     elif kind == "THROAT_CLEARING":
         for i in range(rng.integers(2, 4)):
             n = samples(.16, .32)
-            jitter = uniform_filter1d(rng.standard_normal(n), 160) * 4
+            jitter = scipy.ndimage.uniform_filter1d(rng.standard_normal(n), 160) * 4
             nose = [(u(250, 330) * k, 90, 1), (u(950, 1200) * k, 200, .35), (2300 * k, 300, .15)]
             growl = voice(f0 * u(.42, .6) * (1 + jitter).clip(.5, 1.6), nose) + .35 * hiss(n, nose)
             parts += [growl * bump(n, .1, 1.5), silence(.03, .12)]
@@ -1006,12 +1005,12 @@ def surroundings(x: np.ndarray, rng) -> np.ndarray:
         tail = rng.standard_normal(len(t)) * np.exp(-6.9 * t / t[-1])
         tail *= rng.uniform(0.1, 0.5) / np.sqrt((tail ** 2).sum())
         tail[0] += 1
-        x = fftconvolve(x, tail)[:len(x)]
+        x = scipy.signal.fftconvolve(x, tail)[:len(x)]
     if rng.random() < 1 / 2:
         kind = rng.integers(3)
         noise = rng.standard_normal(len(x)) if kind < 2 else \
             np.resize(np.roll(babble(), int(rng.integers(90000))), len(x))
-        noise = lfilter([1], [1, -0.95], noise) if kind == 1 else noise
+        noise = scipy.signal.lfilter([1], [1, -0.95], noise) if kind == 1 else noise
         x = x + unit(noise) * 10 ** (-rng.uniform(12, 40) / 20)
     return x * (0.9 * 10 ** (rng.uniform(-12, 0) / 20) / np.abs(x).max())
 
