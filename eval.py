@@ -315,7 +315,7 @@ def pick(args) -> list[dict]:
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.max_tokens, [p.stat().st_mtime_ns for p in sorted(
+             args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in sorted(
                  Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
