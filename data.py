@@ -13,12 +13,15 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
     python data.py voice WAV ... --model assets/mini --out voice.safetensors
     python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
     python data.py check LIST                    # lint a list, count hours and labels
+    python data.py filter LIST --out NEW         # drop texts that are not for speech
+    python data.py ask LIST --what multi --judge URL --judge-model NAME --out NEW   # an LLM
 
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
 """
 import argparse
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
 import itertools
@@ -33,14 +36,17 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import unicodedata
+import urllib.request
 import zipfile
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -1373,6 +1379,12 @@ def write_lines(path: str, rows) -> None:
         f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
 
 
+def write_list(path: str, made) -> None:
+    """Records with whole paths as a list, relative to it."""
+    home = os.path.dirname(os.path.abspath(path))
+    write_lines(path, (moved(r, lambda name: os.path.relpath(name, home)) for r in made))
+
+
 @torch.inference_mode()
 def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
     """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
@@ -1448,7 +1460,7 @@ IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "
 def known_labels(record: dict) -> dict[str, str]:
     """The labels of a record by name, without brackets: of a dialogue those in extra."""
     tags = TAG.findall(record["txt"])
-    if "<S2TCHAT" in record["task"]:
+    if re.search("<S2TCHAT|<TEXT2TEXT", record["task"]):
         tags = [str(record["extra"].get(key)) for key in IN_EXTRA.values()]
     return {name: tag[1:-1] for tag in tags for name, values in LABELS.items()
             if tag[1:-1] in values}
@@ -1496,7 +1508,6 @@ def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
     `<&&>` if it is less sure than `threshold`; extra.confidence tells how sure -> counts."""
     from model import load_echat
     model, tok, found = load_echat(folder), Tokenizer(folder), Counter()
-    home = os.path.dirname(os.path.abspath(out))
 
     def completed():
         for record in tqdm(records(path), "labels", unit=" records"):
@@ -1509,8 +1520,8 @@ def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
                 record["bad"] = reason(e)
             found[record.get("bad", "written")] += 1
             if "bad" not in record:
-                yield moved(record, lambda name: os.path.relpath(name, home))
-    write_lines(out, completed())
+                yield record
+    write_list(out, completed())
     return dict(found)
 
 
@@ -1583,6 +1594,233 @@ def speaker_vector(wave: Tensor, path: str) -> Tensor:
         raise ValueError(f"{path}: expected campplus.onnx ({reason})") from None
 
 
+# ---------------------------------------------------------------------------------------------
+# Preparation of texts: the filters and chats of App. A.2, A.3, whose words lie in assets/prompts.md
+
+UNFIT = {name: re.compile(pattern, re.M) for name, pattern in {
+    "code": r"```|`[^`\n]+`|[=!]=|=>|\+[+=]|[{}]\s*$|\w\(.*\)\s*[;{]|^\s*(?:#include\b|#!/|def \w+\("
+            r"|class \w+[(:]|from [\w.]+ import |import [\w.]+ as |(?:var|let|const) \w+ =)"
+            r"|</?(?:html|body|div|span|p|br|table|t[rd]|img|script|style|h[1-6]|[uo]l|li)\b[^>]*>",
+    "link": r"\[[^\]]*\]\([^)]*\)|<a\s", "e-mail": r"[\w.+-]+@[\w-]+\.\w",
+    "URL": r"\b(?:https?|ftp)://|\bwww\.\w|\w\.(?:com|org|net|edu|gov|io|cn|html?)\b",
+    "over 150 words": r"(?:(?:[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])[\w'\u2019-])+)\W*){151}"}.items()}
+
+
+def pair(record: dict) -> tuple[str, str]:
+    """What is asked ("" where nothing is), and the reply or else the words of the record."""
+    asked = record["extra"].get("q_txt") or record["extra"].get("question") or ""
+    return str(asked).strip(), TAG.sub("", record["txt"]).strip()
+
+
+def unfit(record: dict) -> str | None:
+    """Why the texts of a record are not for speech."""
+    return record.get("bad") or next(
+        (name for name, sign in UNFIT.items() if any(map(sign.search, pair(record)))), None)
+
+
+def filtered(path: str, out: str) -> Counter:
+    """A list of the records whose texts are for speech -> counts, the others by reason."""
+    found = Counter()
+    write_list(out, (r for r in records(path) if not found.update(
+        [why := unfit(r) or "written"]) and why == "written"))
+    return found
+
+
+@lru_cache
+def sections(name: str) -> dict[str, str]:
+    """Sections of a file in assets: title -> body; a line that begins with `|` goes on."""
+    text = Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
+    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
+    return {title: body.strip().replace("\n|", "|") for title, body in found}
+
+
+def messages(words: dict, kind: str, fields: dict) -> list[dict]:
+    """The chat that the sections `prompt KIND` and `input KIND` open."""
+    return [{"role": "system", "content": words[f"prompt {kind}"]},
+            {"role": "user", "content": words[f"input {kind}"].format(**fields)}]
+
+
+class Judge:
+    """A chat-completions endpoint. The key comes from ECHAT_JUDGE_KEY only."""
+
+    def __init__(self, url: str, model: str, wait: float = 1.0):
+        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        self.model, self.wait, self.refused = model, wait, ""
+
+    def post(self, chat: list, temperature: float) -> str:
+        """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
+        body = json.dumps({"model": self.model, "messages": chat, "temperature": temperature})
+        for attempt in range(5):
+            if self.refused:
+                raise ValueError(self.refused)
+            request = urllib.request.Request(self.url, body.encode(),
+                                             {"Content-Type": "application/json"})
+            if secret := os.environ.get("ECHAT_JUDGE_KEY"):  # unredirected: for this host only
+                request.add_unredirected_header("Authorization", f"Bearer {secret}")
+            pause = ""
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return str(json.load(answer)["choices"][0]["message"]["content"] or "")
+            except urllib.request.HTTPError as e:
+                if e.code < 500 and e.code not in (408, 429):
+                    if e.code in (401, 403, 404):  # a wrong key or name: so will be all others
+                        self.refused = f"HTTP {e.code} {e.reason}"
+                    raise ValueError(f"HTTP {e.code} {e.reason}") from None
+                pause = e.headers.get("Retry-After", "")
+            except (OSError, http.client.HTTPException):
+                pass
+            except (ValueError, LookupError, TypeError):
+                return ""  # not this protocol's JSON: an answer that is no number
+            time.sleep(min(60.0, float(pause) if pause.isdigit() else self.wait * 2 ** attempt))
+        raise OSError("unreachable")
+
+    def ask(self, chat: list, read, wanted: str = "number", temperature: float = 0.0):
+        """What `read` makes of the answer; ValueError if it makes nothing of three."""
+        for t in (temperature, 0.7, 0.7):  # asked again at 0 it would say the same
+            if found := read(self.post(chat, t)):
+                return found
+        raise ValueError(f"no {wanted}")
+
+    def score(self, item: dict) -> dict:
+        """1-5 mapped to 0..1 by (s - 1) / 4."""
+        return {"score": (self.ask(item["chat"], rating)["score"] - 1) / 4}
+
+
+def json_lines(path: str, *names: str) -> list[dict]:
+    """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
+        with suppress(ValueError, LookupError, TypeError):
+            row = json.loads(line)
+            rows += [row] * bool([row[name] for name in names])
+    return rows
+
+
+def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
+    """work(record) -> dict for every record that `path` lacks; a broken item says so in `error`."""
+    done = {item["key"]: item for item in json_lines(path, "key") if "error" not in item}
+    fresh = list({r["key"]: r for r in rows if r["key"] not in done}.values())
+    def guarded(record: dict) -> dict:
+        try:
+            return {"key": record["key"], **work(record)}
+        except (ValueError, RuntimeError, OSError) as e:
+            return {"key": record["key"], "error": str(e).split("\n")[0]}
+    with open(path, "a", encoding="utf-8") as f, ThreadPool(jobs) as pool:
+        made = map(guarded, fresh) if jobs == 1 else pool.imap_unordered(guarded, fresh)
+        f.write("\n" * bool(f.tell()))  # ends a line that a killed run left half
+        for item in tqdm(made, os.path.basename(path).split("-")[0], len(fresh), unit=" items"):
+            done[item["key"]] = item
+            f.write(json.dumps(item, ensure_ascii=False) + "\n")
+            f.flush()
+    return [done[record["key"]] for record in rows]
+
+
+# What an answer says, as fields of a row, or something false.
+
+def rating(answer: str) -> dict | None:
+    found = re.fullmatch(r"\W*(?:score\W+)?([0-5])\W*", answer, re.I)
+    return found and {"score": max(1, int(found[1]))}  # App. A.2 allows a 0 for age
+
+
+def sentence(answer: str) -> str:
+    return " ".join(answer.split()).strip('"')
+
+
+def toned(answer: str) -> dict | None:
+    """Of `[happy Good for you.]` and `<HAPPY>Good for you.` the tone and the reply."""
+    found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?",
+                         sentence(answer))
+    tone = found and spellings().get(found[1].lower())
+    return tone and {"tone": tone, "reply": found[2]}
+
+
+def spellings() -> dict[str, str]:
+    """An LLM's words for emotions and events -> ours."""
+    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"]))
+
+
+def invented(answer: str) -> dict | None:
+    """Of the JSON of `multi` the question, the reply, and the labels that are ours."""
+    try:
+        said = json.loads(answer[answer.find("{"):answer.rfind("}") + 1])
+        names = {name: said["caption" if name == "event" else name].lower() for name in LABELS}
+        labels = {d: spellings().get(w, w.upper().replace(" ", "_")) for d, w in names.items()}
+        return (reply := toned(said["answer"])) and {
+            **reply, "question": sentence(said["txt"]), "wav": "",
+            "labels": {d: v for d, v in labels.items() if v in LABELS[d]}}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def asked(answer: str) -> dict | None:
+    return (text := sentence(answer)) and {"question": text, "wav": "", "labels": {}}
+
+
+def plain(answer: str) -> dict | None:
+    return (text := sentence(answer)) and {"reply": text}
+
+
+READ = {"answers": (plain, "text"), "questions": (asked, "text"), "scores": (rating, "number"),
+        **dict.fromkeys(("emotion", "gender", "age"), (toned, "emotion")),
+        "multi": (invented, "JSON as asked for")}
+
+
+def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter, read, wanted: str):
+    """The rows that were answered, with what is read in the answers; kept in NEW.asked."""
+    items = []
+    for row in rows:
+        fields = row | {"label": row["labels"].get(args.what, "").lower()}
+        chat = messages(sections("prompts.md"), kind, fields)
+        stamp = json.dumps([client.url, client.model, row["key"], chat]).encode()
+        items.append({"key": hashlib.sha256(stamp).hexdigest(), "chat": chat})
+    got = run_items(args.out + ".asked", items, lambda item: {"said": client.ask(
+        item["chat"], read, wanted, 0.7 * (wanted != "number"))}, args.jobs)
+    if client.refused:
+        raise BadInput(f"{client.url}: {client.refused}")
+    found.update(g["error"] for g in got if "error" in g)
+    return [row | g["said"] for row, g in zip(rows, got) if "error" not in g]
+
+
+def dialogue(row: dict) -> dict:
+    """The record of a question and its reply: to a recording of it, or in writing."""
+    tone, labels = f"<{row['tone']}>" if row["tone"] else "", row["labels"]
+    extra = {IN_EXTRA[name]: f"<{v}>" for name, v in labels.items()} | (
+        {"emotion": tone} if tone else {})
+    task = "<S2TCHAT>" + " <THINK>" * bool(labels) if row["wav"] else "<TEXT2TEXT>"
+    extra["q_txt" if row["wav"] else "question"] = row["question"]
+    cut = {k: v for k, v in row["source"].items() if row["wav"] and k in ("start", "end")}
+    return record(row["key"], row["wav"], tone + row["reply"], task, **extra) | cut
+
+
+def ask(args: argparse.Namespace) -> Counter:
+    """Chats about every record of a list, and a list of what comes of them -> counts."""
+    client, found, rows, what = Judge(args.judge, args.judge_model), Counter(), [], args.what
+    for number, source in enumerate(records(args.list), 1):
+        (question, words), labels = pair(source), known_labels(source)
+        lacks = {"scores": not question and "no question",
+                 "emotion": "emotion" not in labels and "no emotion label"}
+        if why := source.get("bad") or lacks.get(what):
+            found[why] += 1
+        else:
+            rows.append({"key": f"{what}_{source.get('key') or number}", "source": source,
+                         "question": question or words, "reply": words, "tone": "",
+                         "labels": labels, "wav": source.get("wav") or ""})
+    if what in ("gender", "age"):  # where it is not known, the words are a scene for a question
+        scenes = [row for row in rows if what not in row["labels"]]
+        rows = [row for row in rows if what in row["labels"]] + [
+            row | {"labels": {what: random.Random(row["key"]).choice(LABELS[what])}} for row in
+            chats(args, client, f"{what} question", scenes, found, *READ["questions"])]
+    rows = chats(args, client, what, rows, found, *READ[what])
+    made = [row for row in rows if row.get("score", args.threshold) >= args.threshold]
+    if not made:
+        raise BadInput(f"{args.list}: nothing to write: {dict(found)}")
+    found.update({"written": len(made), "below the threshold": len(rows) - len(made)})
+    for row in made if what == "scores" else ():
+        row["source"]["extra"]["score"] = row["score"]
+    write_list(args.out, (r["source"] if what == "scores" else dialogue(r) for r in made))
+    return +found
+
+
 def protocol_texts(times: int = 300) -> list[str]:
     """Prompts, think template and tags, often enough that the BPE makes short work of them."""
     from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
@@ -1651,6 +1889,17 @@ def main() -> None:
     c.add_argument("--rate", type=int, choices=(25, 50), default=25,
                    help="codes a second, where --s3 does not tell (.onnx does)")
     c.add_argument("--out", required=True)
+    c = commands.add_parser("filter", help="drop code, links, e-mail, and what is too long")
+    c.add_argument("list")
+    c.add_argument("--out", required=True, help="the new list")
+    c = commands.add_parser("ask", help="make or score dialogues by an LLM; key: ECHAT_JUDGE_KEY")
+    c.add_argument("list")
+    c.add_argument("--what", required=True, choices=READ)
+    c.add_argument("--judge", required=True, metavar="URL", help="chat-completions endpoint")
+    c.add_argument("--judge-model", required=True)
+    c.add_argument("--out", required=True, help="the new list; answers are kept in OUT.asked")
+    c.add_argument("--jobs", type=int, default=4, help="requests at a time")
+    c.add_argument("--threshold", type=float, default=4.0, help="scores from here on stay")
     c = commands.add_parser("check", help="lint lists, of any format")
     c.add_argument("lists", nargs="+")
     args = p.parse_args()
@@ -1674,6 +1923,9 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(pseudo_label(args.list, args.model, args.out, args.threshold)))
     elif args.command == "shards":
         print(json.dumps(write_shards(args.list, args.out, args.size)))
+    elif args.command in ("filter", "ask"):
+        found = filtered(args.list, args.out) if args.command == "filter" else ask(args)
+        print(*(f"{name}: {n}" for name, n in found.most_common()), sep="\n")
     elif args.command == "check":
         for path in args.lists:
             print(path, json.dumps(check(path), indent=1, ensure_ascii=False))

@@ -17,7 +17,6 @@ import base64
 import contextlib
 import csv
 import hashlib
-import http.client
 import io
 import json
 import os
@@ -29,9 +28,7 @@ import sys
 import tempfile
 import time
 import unicodedata
-import urllib.request
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -44,13 +41,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import BadInput, features, read_wave, records, spoken, write_lines, write_wave
+from data import (BadInput, Judge, features, json_lines, messages, read_wave, records, run_items,
+                  sections, spoken, write_lines, write_wave)
 from decoder import KVCache
 from encoder import log_mel
 from infer import EMOTION, HERE, Chatbot, pick_device
 from vocoder import mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
+WORDS = sections("judge.md")
 
 ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
         "fifteen sixteen seventeen eighteen nineteen").split()
@@ -118,18 +117,10 @@ def table(rows: list[list]) -> str:
 # ---- EChat-eval: rules, or the paper's judge; the words of both lie in assets/judge.md -----------
 
 @lru_cache
-def criteria() -> dict:
-    """Sections of judge.md: name -> body."""
-    text = Path(HERE, "assets", "judge.md").read_text(encoding="utf-8")
-    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
-    return {name: body.strip().replace("\n|", "|") for name, body in found}
-
-
-@lru_cache
 def rules(dim: str) -> list[tuple[bool, set, re.Pattern]]:
     """(strong, values it speaks for, pattern) of age, gender, emotion or event."""
     others = "".join(rf"(?<!\b{w} )" for w in "your the that this my his her their another".split())
-    text = re.sub(r"%(\w+)", r"(?<=[,;] )\1(?=[,.!?])", criteria()[f"words {dim}"])
+    text = re.sub(r"%(\w+)", r"(?<=[,;] )\1(?=[,.!?])", WORDS[f"words {dim}"])
     return [(strength == "strong", set(values.split()), re.compile(rf"\b(?:{pattern})\b", re.I))
             for strength, values, pattern in re.findall(
                 r"^(\w+) ([A-Z_ ]+): (.*)", text.replace("~", others), re.M)]
@@ -189,52 +180,7 @@ def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
         return kind, None
     said = dict.fromkeys(NAMES) | known | {
         "question": card["query"], "response": reply["text"], "tone": reply["tone"]}
-    return kind, [{"role": "system", "content": criteria()[f"prompt {kind}"]},
-                  {"role": "user", "content": criteria()[f"input {kind}"].format(
-                      **{k: v or "none" for k, v in said.items()})}]
-
-
-class Judge:
-    """A chat-completions endpoint. The key comes from ECHAT_JUDGE_KEY only."""
-
-    def __init__(self, url: str, model: str, wait: float = 1.0):
-        self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-        self.model, self.wait, self.refused = model, wait, ""
-
-    def post(self, chat: list, temperature: float) -> str:
-        """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
-        body = json.dumps({"model": self.model, "messages": chat, "temperature": temperature})
-        for attempt in range(5):
-            if self.refused:
-                raise ValueError(self.refused)
-            request = urllib.request.Request(self.url, body.encode(),
-                                             {"Content-Type": "application/json"})
-            if secret := os.environ.get("ECHAT_JUDGE_KEY"):  # unredirected: for this host only
-                request.add_unredirected_header("Authorization", f"Bearer {secret}")
-            pause = ""
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return str(json.load(answer)["choices"][0]["message"]["content"])
-            except urllib.request.HTTPError as e:
-                if e.code < 500 and e.code not in (408, 429):
-                    if e.code in (401, 403, 404):  # a wrong key or name: so will be all others
-                        self.refused = f"HTTP {e.code} {e.reason}"
-                    raise ValueError(f"HTTP {e.code} {e.reason}") from None
-                pause = e.headers.get("Retry-After", "")
-            except (OSError, http.client.HTTPException):
-                pass
-            except (ValueError, LookupError, TypeError):
-                return ""  # not this protocol's JSON: an answer that is no number
-            time.sleep(min(60.0, float(pause) if pause.isdigit() else self.wait * 2 ** attempt))
-        raise OSError("unreachable")
-
-    def score(self, item: dict) -> dict:
-        """1-5 mapped to 0..1 by (s - 1) / 4; ValueError if 3 answers hold no number."""
-        for temperature in (0.0, 0.7, 0.7):  # asked again at 0 it would say the same
-            answer = self.post(item["chat"], temperature)
-            if found := re.fullmatch(r"\W*(?:score\W+)?([0-5])\W*", answer, re.I):
-                return {"score": (max(1, int(found[1])) - 1) / 4}  # age allows a 0
-        raise ValueError("no number")
+    return kind, messages(WORDS, kind, {k: v or "none" for k, v in said.items()})
 
 
 def ears(args, bot: Chatbot):
@@ -290,16 +236,6 @@ def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
     return torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
 
 
-def json_lines(path: str, *names: str) -> list[dict]:
-    """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            row = json.loads(line)
-            rows += [row] * bool([row[name] for name in names])
-    return rows
-
-
 def pick(args) -> list[dict]:
     """The records of the lists, or --limit of each, evenly spread; `set` names the list."""
     out = []
@@ -319,25 +255,6 @@ def items_file(args, *settings) -> str:
                  Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
-
-
-def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
-    """work(record) -> dict for every record that `path` lacks; a broken item says so in `error`."""
-    done = {item["key"]: item for item in json_lines(path, "key") if "error" not in item}
-    fresh = list({r["key"]: r for r in rows if r["key"] not in done}.values())
-    def guarded(record: dict) -> dict:
-        try:
-            return {"key": record["key"], **work(record)}
-        except (ValueError, RuntimeError, OSError) as e:
-            return {"key": record["key"], "error": str(e).split("\n")[0]}
-    with open(path, "a", encoding="utf-8") as f, ThreadPoolExecutor(jobs) as pool:
-        made = map(guarded, fresh) if jobs == 1 else pool.map(guarded, fresh)
-        f.write("\n" * bool(f.tell()))  # ends a line that a killed run left half
-        for item in tqdm(made, os.path.basename(path).split("-")[0], len(fresh), unit=" items"):
-            done[item["key"]] = item
-            f.write(json.dumps(item, ensure_ascii=False) + "\n")
-            f.flush()
-    return [done[record["key"]] for record in rows]
 
 
 def by_list(args, rows: list[dict], got: list[dict], marks, way: str = "") -> dict[str, dict]:
@@ -420,9 +337,9 @@ def layout_rows(path: Path):
 
 def convert(args) -> tuple[str, dict]:
     """A public test set as a list: the words and labels of every audio file (see judge.md)."""
-    layout = re.search(rf"^{args.layout}: (.*)$", criteria()["layouts"], re.M)[1]
+    layout = re.search(rf"^{args.layout}: (.*)$", WORDS["layouts"], re.M)[1]
     index, sounds, *fields = layout.split(" | ")
-    spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", criteria()["spellings"]))
+    spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", WORDS["spellings"]))
     audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
              if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
     rows, found, files = [], Counter(records=0), sorted(Path(args.dir).rglob(index))
@@ -481,7 +398,7 @@ def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     if "shuffle" in args.control:
         systems["shuffle"] = [systems["model"][i] for i in elsewhere(rows, args.seed)]
     systems |= {name: [reply(r) for r in rows] for name, reply in (
-        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": criteria()["generic"]}))
+        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": WORDS["generic"]}))
         if name in args.control}
     return [{"key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels_of(row),
              "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
@@ -547,7 +464,7 @@ def page(cards: list[dict], seed: int) -> str:
         reply | {"system": s, "audio": reply["audio"] and sound(reply["audio"])}
         for s, reply in rng.sample([*card["replies"].items()], len(card["replies"]))]}
         for card in cards]
-    return criteria()["page"].replace("ITEMS", json.dumps(items).replace("<", "\\u003c"))
+    return WORDS["page"].replace("ITEMS", json.dumps(items).replace("<", "\\u003c"))
 
 
 def people(args) -> tuple[str, dict]:
@@ -568,7 +485,7 @@ def grade(extra: dict, reply: str) -> tuple[str, bool]:
     """(what is measured, is it right): `refuse`, `choices` with the letter `answer`, `answers`."""
     reply = reply.replace("\u2019", "'")
     if extra.get("refuse"):
-        return "refusal", bool(re.search(criteria()["refusal"], reply, re.I))
+        return "refusal", bool(re.search(WORDS["refusal"], reply, re.I))
     words = f" {' '.join(normalise(reply))} "
     said = [f" {' '.join(normalise(a))} " in words
             for a in extra.get("choices") or extra["answers"]]
@@ -781,7 +698,7 @@ def arguments(argv=None) -> argparse.Namespace:
             for flag in flags:
                 c.add_argument(flag, **how)
     lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
-    add("convert", "layout", choices=re.findall(r"^(\w+):", criteria()["layouts"], re.M))
+    add("convert", "layout", choices=re.findall(r"^(\w+):", WORDS["layouts"], re.M))
     add("convert", "dir")
     add("convert", "--out", required=True, metavar="LIST")
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))

@@ -6,6 +6,8 @@ import math
 import random
 import shutil
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -123,3 +125,32 @@ def write_list(path: Path, records: list[dict]) -> str:
 def some_codes(n: int, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(CODES) for _ in range(n)]
+
+
+@pytest.fixture
+def server():
+    """A chat endpoint that answers from a script: an int is a status, a str the answer."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            web.seen.append((self.path, self.headers.get("Authorization"), body))
+            say = web.script.pop(0)
+            self.send_response(say if isinstance(say, int) else 200)
+            if say == 429:
+                self.send_header("Retry-After", "0")
+            self.end_headers()
+            if isinstance(say, str):
+                reply = {"choices": [{"message": {"content": say}}]}
+                self.wfile.write(say.encode() if say == "<html>" else json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+
+    web = HTTPServer(("127.0.0.1", 0), Handler)
+    web.seen, web.script = [], []
+    web.url = f"http://127.0.0.1:{web.server_port}/v1"
+    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield web
+    web.shutdown()
+    web.server_close()

@@ -627,3 +627,80 @@ def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, caps
             command(monkeypatch, *words)
         assert end.value.code == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1, words
+
+
+# ---- preparation of texts (App. A.3) -----------------------------------------------------------
+
+def text_row(question: str, answer: str, **more) -> dict:
+    return {"key": question[:9], "txt": answer, "task": "<TEXT2TEXT>",
+            "extra": {"question": question}} | more
+
+
+def test_filter_keeps_what_can_be_said(tmp_path, monkeypatch, capsys):
+    good = [text_row("How are you?", "Fine, thank you."), text_row("a " * 149 + "b", "Yes, no.")]
+    bad = {"code": ("What does it do?", "for (i = 0; i < 3; i++) {"), "link": ("[a](b.md)?", "Yes."),
+           "URL": ("Where?", "See https://a.b/c"), "e-mail": ("Whom?", "Write to me@home.org"),
+           "over 150 words": ("Why?", "so " * 151)}
+    path = write_list(tmp_path / "l.jsonl", good + [text_row(*pair) for pair in bad.values()])
+    command(monkeypatch, "filter", path, "--out", tmp_path / "new.jsonl")
+    assert [r["txt"] for r in data.records(str(tmp_path / "new.jsonl"))] == [r["txt"] for r in good]
+    assert set(capsys.readouterr().out.split("\n")) == {"written: 2", "", *(f"{k}: 1" for k in bad)}
+
+
+MULTI = json.dumps({"txt": "My tower fell.", "age": "child", "gender": "male", "caption": "cry",
+                    "emotion": "sad", "answer": "<SORRY>Shall we build it again, little one?"})
+
+
+@pytest.mark.parametrize("what, row, answers, txt, extra", [
+    ("answers", {"txt": "I lost my cat.", "task": "<TRANSCRIBE>", "wav": "q.wav"},
+     ["I am sorry."], "I am sorry.", {"q_txt": "I lost my cat."}),
+    ("questions", {"txt": "He came back.", "task": "<TRANSCRIBE>", "wav": "q.wav"},
+     ["Where is your cat?"], "He came back.", {"question": "Where is your cat?"}),
+    ("emotion", {"txt": "I lost my cat.<SAD>", "task": "<TRANSCRIBE> <EMOTION>", "wav": "q.wav"},
+     ["what?", "[sorry I feel with you.]"], "<SORRY>I feel with you.",
+     {"q_emotion": "<SAD>", "emotion": "<SORRY>", "q_txt": "I lost my cat."}),
+    ("age", {"txt": "Which book?<OLD>", "task": "<TRANSCRIBE> <AGE>", "wav": "q.wav"},
+     ["<NEUTRAL>One in large print."], "<NEUTRAL>One in large print.", {"age": "<OLD>"}),
+    ("gender", {"txt": "a wedding", "task": "<TEXT2TEXT>"},
+     ["What do I wear?", "<HAPPY>Something light."], "<HAPPY>Something light.",
+     {"question": "What do I wear?", "emotion": "<HAPPY>"}),
+    ("multi", {"txt": "toys", "task": "<TEXT2TEXT>"}, [MULTI],
+     "<SORRY>Shall we build it again, little one?",
+     {"question": "My tower fell.", "age": "<CHILD>", "gender": "<MALE>", "caption": "<CRY>",
+      "q_emotion": "<SAD>"})])
+def test_ask_makes_dialogues(tmp_path, monkeypatch, server, what, row, answers, txt, extra):
+    path, out = write_list(tmp_path / "l.jsonl", [{"key": "k"} | row]), tmp_path / "new.jsonl"
+    server.script[:] = answers
+    words = ("ask", path, "--what", what, "--judge", server.url, "--judge-model", "m", "--out", out)
+    command(monkeypatch, *words)
+    made, = data.records(str(out))
+    assert made["txt"] == txt and extra.items() <= made["extra"].items()
+    if what in ("questions", "gender", "multi"):  # no recording of such a question
+        assert made["task"] == "<TEXT2TEXT>" and not made["wav"]
+    else:
+        assert made["task"].startswith("<S2TCHAT>") and made["wav"] == str(tmp_path / "q.wav")
+    assert not server.script
+    command(monkeypatch, *words)  # once more: all is known, nothing is sent
+    assert len(server.seen) == len(answers) and next(data.records(str(out))) == made
+
+
+def test_ask_keeps_good_pairs(tmp_path, monkeypatch, server, capsys):
+    path = write_list(tmp_path / "l.jsonl", [text_row("Good?", "Yes."), text_row("Bad?", "Blue.")])
+    server.script[:] = ["5", "2"]
+    command(monkeypatch, "ask", path, "--what", "scores", "--judge", server.url, "--judge-model",
+            "m", "--out", tmp_path / "new.jsonl", "--jobs", 1)
+    kept, = data.records(str(tmp_path / "new.jsonl"))
+    assert kept["extra"] == {"question": "Good?", "score": 5}
+    assert "below the threshold: 1" in capsys.readouterr().out
+
+
+def test_ask_with_a_wrong_key_is_one_line(tmp_path, monkeypatch, server, capsys):
+    path = write_list(tmp_path / "l.jsonl", [text_row("Good?", "Yes.")])
+    monkeypatch.setenv("ECHAT_JUDGE_KEY", "my secret")
+    server.script[:] = [401]
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "ask", path, "--what", "scores", "--judge", server.url,
+                "--judge-model", "m", "--out", tmp_path / "new.jsonl", "--jobs", 1)
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.py")]
+    assert end.value.code == 2 and "HTTP 401" in told[0] and "secret" not in "".join(told)
+    assert not (tmp_path / "new.jsonl").exists()
