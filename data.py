@@ -1597,13 +1597,15 @@ def speaker_vector(wave: Tensor, path: str) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 # Preparation of texts: the filters and chats of App. A.2, A.3, whose words lie in assets/prompts.md
 
-UNFIT = {name: re.compile(pattern, re.M) for name, pattern in {
-    "code": r"```|`[^`\n]+`|[=!]=|=>|\+[+=]|[{}]\s*$|\w\(.*\)\s*[;{]|^\s*(?:#include\b|#!/|def \w+\("
-            r"|class \w+[(:]|from [\w.]+ import |import [\w.]+ as |(?:var|let|const) \w+ =)"
-            r"|</?(?:html|body|div|span|p|br|table|t[rd]|img|script|style|h[1-6]|[uo]l|li)\b[^>]*>",
-    "link": r"\[[^\]]*\]\([^)]*\)|<a\s", "e-mail": r"[\w.+-]+@[\w-]+\.\w",
-    "URL": r"\b(?:https?|ftp)://|\bwww\.\w|\w\.(?:com|org|net|edu|gov|io|cn|html?)\b",
-    "over 150 words": r"(?:(?:[\u4e00-\u9fff]|(?:(?![\u4e00-\u9fff])[\w'\u2019-])+)\W*){151}"}.items()}
+UNFIT = {name: re.compile(pattern, re.M) for name, pattern in {  # each in linear time
+    "code": r"```|`[^`\n]+`|[=!]=|=>|\+[+=]|[{}]\s*$|\w\([^()\n]*\)+\s*[;{]"
+            r"|^[ \t]*(?:#include\b|#!/|def \w+\(|class \w+[(:]|from [\w.]+ import "
+            r"|import [\w.]+ as |(?:var|let|const) \w+ =)"
+            r"|</?(?:html|body|div|span|p|br|table|t[rd]|img|script|style|h\d|[uo]l|li)\b[^<>]*>",
+    "link": r"\[[^\[\]]*\]\([^()]*\)|<a\s", "e-mail": r"\w@[\w-]+\.\w",
+    "URL": r"\b(?:https?|ftp)://|\bwww\.\w|\w\.(?:com|org|net|edu|gov|io|cn|html?)\b"}.items()}
+# a Chinese character is a word
+WORD = re.compile("[\u4e00-\u9fff]|[^\\W\u4e00-\u9fff]+(?:['\u2019-][^\\W\u4e00-\u9fff]+)*")
 
 
 def pair(record: dict) -> tuple[str, str]:
@@ -1614,15 +1616,23 @@ def pair(record: dict) -> tuple[str, str]:
 
 def unfit(record: dict) -> str | None:
     """Why the texts of a record are not for speech."""
-    return record.get("bad") or next(
-        (name for name, sign in UNFIT.items() if any(map(sign.search, pair(record)))), None)
+    texts = pair(record)
+    if max(len(WORD.findall(text)) for text in texts) > 150:
+        return "over 150 words"
+    return next((name for name, sign in UNFIT.items() if any(map(sign.search, texts))), None)
 
 
 def filtered(path: str, out: str) -> Counter:
     """A list of the records whose texts are for speech -> counts, the others by reason."""
     found = Counter()
-    write_list(out, (r for r in records(path) if not found.update(
-        [why := unfit(r) or "written"]) and why == "written"))
+
+    def fit():
+        for record in records(path):
+            why = record.get("bad") or unfit(record)
+            found[why or "written"] += 1
+            if not why:
+                yield record
+    write_list(out, fit())
     return found
 
 
@@ -1644,6 +1654,8 @@ class Judge:
     """A chat-completions endpoint. The key comes from ECHAT_JUDGE_KEY only."""
 
     def __init__(self, url: str, model: str, wait: float = 1.0):
+        if not re.match("https?://.", url):
+            raise BadInput(f"{url}: an endpoint is http[s]://...")
         self.url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
         self.model, self.wait, self.refused = model, wait, ""
 
@@ -1705,8 +1717,8 @@ def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
             return {"key": record["key"], **work(record)}
         except (ValueError, RuntimeError, OSError) as e:
             return {"key": record["key"], "error": str(e).split("\n")[0]}
-    with open(path, "a", encoding="utf-8") as f, ThreadPool(jobs) as pool:
-        made = map(guarded, fresh) if jobs == 1 else pool.imap_unordered(guarded, fresh)
+    with open(path, "a", encoding="utf-8") as f, ThreadPool(max(1, jobs)) as pool:
+        made = map(guarded, fresh) if jobs <= 1 else pool.imap_unordered(guarded, fresh)
         f.write("\n" * bool(f.tell()))  # ends a line that a killed run left half
         for item in tqdm(made, os.path.basename(path).split("-")[0], len(fresh), unit=" items"):
             done[item["key"]] = item

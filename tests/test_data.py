@@ -637,14 +637,17 @@ def text_row(question: str, answer: str, **more) -> dict:
 
 
 def test_filter_keeps_what_can_be_said(tmp_path, monkeypatch, capsys):
-    good = [text_row("How are you?", "Fine, thank you."), text_row("a " * 149 + "b", "Yes, no.")]
-    bad = {"code": ("What does it do?", "for (i = 0; i < 3; i++) {"), "link": ("[a](b.md)?", "Yes."),
+    good = [text_row("How are you?", "Fine, thank you."), text_row("a " * 149 + "b", "Yes, no."),
+            text_row("Really?", "wonderful, " * 150), text_row("Well?", "\u597d\uff0c" * 150),
+            text_row("Which one?", "Wait - no; yes (in fact), don't." + "g" * 5000)]
+    bad = {"code": ("What does it do?", "for (i = 0; i < 3; i++) {"),
+           "link": ("[a](b.md)?", "Yes."),
            "URL": ("Where?", "See https://a.b/c"), "e-mail": ("Whom?", "Write to me@home.org"),
-           "over 150 words": ("Why?", "so " * 151)}
+           "over 150 words": ("Why?", "don't " * 151)}
     path = write_list(tmp_path / "l.jsonl", good + [text_row(*pair) for pair in bad.values()])
     command(monkeypatch, "filter", path, "--out", tmp_path / "new.jsonl")
     assert [r["txt"] for r in data.records(str(tmp_path / "new.jsonl"))] == [r["txt"] for r in good]
-    assert set(capsys.readouterr().out.split("\n")) == {"written: 2", "", *(f"{k}: 1" for k in bad)}
+    assert set(capsys.readouterr().out.split("\n")) == {"written: 5", "", *(f"{k}: 1" for k in bad)}
 
 
 MULTI = json.dumps({"txt": "My tower fell.", "age": "child", "gender": "male", "caption": "cry",
@@ -704,3 +707,35 @@ def test_ask_with_a_wrong_key_is_one_line(tmp_path, monkeypatch, server, capsys)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data.py")]
     assert end.value.code == 2 and "HTTP 401" in told[0] and "secret" not in "".join(told)
     assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_ask_goes_on_where_it_failed(tmp_path, monkeypatch, server, capsys):
+    path = write_list(tmp_path / "l.jsonl", [text_row("One?", "Yes."), text_row("Two?", "No.")])
+    words = ("ask", path, "--what", "scores", "--judge", server.url, "--judge-model", "m", "--out",
+             tmp_path / "new.jsonl", "--jobs", 1)
+    server.script[:] = ["5", 400]
+    command(monkeypatch, *words)
+    assert "HTTP 400 Bad Request: 1" in capsys.readouterr().out
+    with open(tmp_path / "new.jsonl.asked", "a") as f:
+        f.write('{"key": "ha')  # killed while it wrote
+    server.script[:] = ["4"]
+    command(monkeypatch, *words)
+    assert [r["extra"]["score"] for r in data.records(str(tmp_path / "new.jsonl"))] == [5, 4]
+    assert [body["messages"][1]["content"][10:13] for *_, body in server.seen] == [
+        "One", "Two", "Two"]
+
+
+def test_an_endpoint_has_an_address(tmp_path, monkeypatch, capsys):
+    path = write_list(tmp_path / "l.jsonl", [text_row("Good?", "Yes.")])
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, "ask", path, "--what", "scores", "--judge", "localhost:80",
+                "--judge-model", "m", "--out", tmp_path / "new.jsonl")
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["l.jsonl"]
+
+
+def test_a_reply_needs_its_emotion():
+    for text in ("[happy Good for you.]", "<HAPPY>Good for you.", "happy: Good for you."):
+        assert data.toned(text) == {"tone": "HAPPY", "reply": "Good for you."}
+    for text in ("Happy birthday!", "Sorry to hear that.", "[bored] Oh.", "<HAPPY>", ""):
+        assert not data.toned(text)
