@@ -529,6 +529,7 @@ LABELS = {"age": ("CHILD", "ADULT", "OLD"), "gender": ("MALE", "FEMALE"),
           "emotion": ("HAPPY", "SAD", "SURPRISE", "FEAR", "DISGUST", "ANGER", "NEUTRAL"),
           "event": ("LAUGH", "COUGH", "CRY", "SCREAMING", "SIGH", "THROAT_CLEARING", "SNEEZE",
                     "OTHER")}
+IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}
 QUERY_SR, REPLY_SR, HOP = 16000, 24000, 0.0125
 
 # ---------------------------------------------------------------- recipes and voices
@@ -1162,6 +1163,7 @@ def sentences(scenes: list) -> list[dict]:
 
 
 KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
+BENCH = list(KINDS)[:5]  # the test sets of EChat-eval: all but plain
 
 
 def drill(texts: list[str], rng) -> str:
@@ -1213,7 +1215,7 @@ def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set, bench: bo
     kinds = [("test", k) for k in KINDS for _ in range(300 if k == "multi" else 60)]
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
     if bench:
-        kinds = [("test", k) for k in list(KINDS)[:5] for _ in range(294)]
+        kinds = [("test", k) for k in BENCH for _ in range(294)]
     items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
              enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
@@ -1239,8 +1241,7 @@ def item_records(item: dict, seed: int) -> list[tuple[str, dict]]:
     rng = np.random.default_rng([seed, 2, item["index"]])
     key = f"{item['split']}_{item['index']:06d}"
     recipe = {**labels, "voice": voice["name"], "engine": voice["engine"]}
-    names = {"emotion": "q_emotion", "event": "caption"}
-    shown = {names.get(k, k): f"<{v}>" for k, v in known.items()}
+    shown = {IN_EXTRA[k]: f"<{v}>" for k, v in known.items()}
     shown |= {"think_str": item["think"]} if known else {}
     task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
     out = [] if item["kind"] == "drill" else [("echat" if known else "plain", record(
@@ -1303,7 +1304,7 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
     """The test sets of EChat-eval, 280 dialogues each, as records of `echat`."""
     return {(kind, "test"): [item_records(i, seed)[0][1] for i in items if i["kind"] == kind][:280]
-            for kind in list(KINDS)[:5]}
+            for kind in BENCH}
 
 
 def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
@@ -1452,9 +1453,6 @@ def write_shards(path: str, folder: str, size: int) -> dict:
     with replacing(os.path.join(folder, "shards_list.txt")) as f:
         f.writelines(name + "\n" for name in names)
     return dict(found)
-
-
-IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}
 
 
 def known_labels(record: dict) -> dict[str, str]:

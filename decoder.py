@@ -279,7 +279,16 @@ def checked(state: dict[str, Tensor], cfg: DecoderConfig, speech: bool = True):
     """`state` itself if its keys (speech_* among them or not) and shapes are the decoder's."""
     with torch.device("meta"):
         own = Decoder(cfg).state_dict()
-    return exact(state, {k: v for k, v in own.items() if speech or not k.startswith("speech_")})
+    own = {k: v for k, v in own.items() if speech or not k.startswith("speech_")}
+    for key in sorted(own.keys() | state.keys()):
+        found, expected = state.get(key), own.get(key)
+        if found is None or expected is None:
+            raise ValueError(f"{key}: " + ("missing" if found is None else "no such weight here"))
+        if found.shape != expected.shape:
+            raise ValueError(f"{key}: {tuple(found.shape)}, expected {tuple(expected.shape)}")
+        if found.is_floating_point() != expected.is_floating_point():  # quantised, perhaps
+            raise ValueError(f"{key}: {found.dtype}, expected {expected.dtype}")
+    return state
 
 
 def load_osum(state: dict[str, Tensor], cfg: DecoderConfig) -> dict[str, Tensor]:
@@ -335,17 +344,3 @@ def load_qwen2(folder: str | Path) -> tuple[dict, dict[str, Tensor]]:
         state |= opened(config.with_name(shard), load_file, "a whole safetensors file")
     state = renamed(state, QWEN2_TIED if fields["tied"] else QWEN2)
     return fields, checked(state, DecoderConfig(**fields), speech=False)
-
-
-def exact(state: dict[str, Tensor], own: dict[str, Tensor], theirs: dict[str, str] = {}):
-    """`state` itself if it has every weight of `own` in its shape, and no other; else ValueError
-    naming the first that does not fit, as the file does (`theirs`: our name -> the file's)."""
-    for name in sorted(own.keys() | state.keys()):
-        key, found, expected = theirs.get(name, name), state.get(name), own.get(name)
-        if found is None or expected is None:
-            raise ValueError(f"{key}: " + ("missing" if found is None else "no such weight here"))
-        if found.shape != expected.shape:
-            raise ValueError(f"{key}: {tuple(found.shape)}, expected {tuple(expected.shape)}")
-        if found.is_floating_point() != expected.is_floating_point():  # quantised, perhaps
-            raise ValueError(f"{key}: {found.dtype}, expected {expected.dtype}")
-    return state

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # ---- log-mel -----------------------------------------------------------------------------------
 
 SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms

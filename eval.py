@@ -41,8 +41,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (BadInput, Judge, features, json_lines, messages, read_wave, records, run_items,
-                  sections, spoken, write_lines, write_wave)
+from data import (IN_EXTRA, BadInput, Judge, features, json_lines, messages, read_wave, records,
+                  replacing, run_items, sections, spoken, write_lines, write_wave)
 from decoder import KVCache
 from encoder import log_mel
 from infer import EMOTION, HERE, Chatbot, pick_device
@@ -141,12 +141,9 @@ def judge(reply: str, dim: str, label: str) -> str:
     return "right" if label in fits else "wrong" if fits else "mixed" if evidence else "none"
 
 
-NAMES = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}  # in extra
-
-
 def labels_of(record: dict) -> dict[str, str]:
     """What a reply to this record must reflect: the labels in `extra` that say something."""
-    known = {d: (record["extra"].get(k) or "").strip("<>") for d, k in NAMES.items()}
+    known = {d: (record["extra"].get(k) or "").strip("<>") for d, k in IN_EXTRA.items()}
     if known["emotion"] == "NEUTRAL":
         known["neutral"] = known.pop("emotion")
     return {d: v for d, v in known.items() if v not in ("", "&&", "OTHER")}
@@ -178,7 +175,7 @@ def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
     kind = [*known][0] if len(known) == 1 else "multi"
     if kind == "event":
         return kind, None
-    said = dict.fromkeys(NAMES) | known | {
+    said = dict.fromkeys(IN_EXTRA) | known | {
         "question": card["query"], "response": reply["text"], "tone": reply["tone"]}
     return kind, messages(WORDS, kind, {k: v or "none" for k, v in said.items()})
 
@@ -427,7 +424,8 @@ def empathy(args) -> tuple[str, dict]:
         text += ["", more]
     write_lines(os.path.join(args.out, "echat.cards.jsonl"), cards)
     if args.html:
-        write_text(args.html, page(cards, args.seed))
+        with replacing(args.html) as f:
+            f.write(page(cards, args.seed))
     return "\n".join([*text, NOTE]), result
 
 
@@ -737,11 +735,6 @@ def arguments(argv=None) -> argparse.Namespace:
     return args
 
 
-def write_text(path: str, text: str) -> None:
-    Path(path + ".tmp").write_text(text, encoding="utf-8")
-    os.replace(path + ".tmp", path)
-
-
 def main() -> None:
     args = arguments()
     try:
@@ -751,7 +744,8 @@ def main() -> None:
         line = json.dumps({**{k: getattr(args, k, None) for k in (
             "command", "model", "data", "seed")}, **result}) + "\n"
         if args.command != "convert":
-            write_text(os.path.join(args.out, f"{args.command}.txt"), f"{text}\n{line}")
+            with replacing(os.path.join(args.out, f"{args.command}.txt")) as f:
+                f.write(f"{text}\n{line}")
         print(f"{text}\n{line}", end="")
     except (BadInput, echat.BadCheckpoint, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)

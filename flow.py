@@ -564,5 +564,7 @@ def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
         name = key
         for old, new in COSYVOICE1:
             name = name.replace(old, new)
+        if name in found:
+            raise ValueError(f"{key}: twice in this file")
         found[name] = state[key]
     return found

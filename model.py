@@ -284,6 +284,12 @@ class Answer:
         return said
 
 
+def ctc_loss(logits: Tensor, lengths: Tensor, targets: list[Tensor], blank: int = 0) -> Tensor:
+    """CTC of logits (B, T, V), lengths (B,) against rows of ids: nats an id."""
+    return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(targets), lengths,
+                      torch.tensor([len(t) for t in targets]), blank, zero_infinity=True)
+
+
 class EChat(nn.Module):
     """Encoder -> adapter -> decoder (paper Figure 2, without token2wav)."""
 
@@ -347,8 +353,7 @@ class EChat(nn.Module):
         rows = self.decoder.embed_tokens.weight
         rows = F.normalize(rows - rows.mean(0), dim=-1)  # three quarters of a row are the mean
         logits = 20 * F.linear(F.normalize(speech, dim=-1), rows)  # (B, S, V)
-        return F.ctc_loss(logits.float().log_softmax(-1).transpose(0, 1), torch.cat(words), lengths,
-                          torch.tensor([len(w) for w in words]), blank, zero_infinity=True)
+        return ctc_loss(logits, lengths, words, blank)
 
     @staticmethod
     def shared(ids: Tensor, attend: Tensor | None, wanted: Tensor) -> int:

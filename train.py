@@ -139,8 +139,8 @@ class Sample:
         begin = first - 1 - self.ids[:first][::-1].index(AUDIO)  # of its last slot
         for i in range(slots):
             self.key[begin - i] = ELSEWHERE + 0.08 * (slots - i) / FAR
-        for i, time in enumerate(times):
-            self.query[first - 1 + i] = ELSEWHERE + time / FAR if time > NEVER else NEVER
+        for i, when in enumerate(times):
+            self.query[first - 1 + i] = ELSEWHERE + when / FAR if when > NEVER else NEVER
 
 
 def said_at(ids: list[int], tok: Tokenizer, seconds: float, begin: int, end: int) -> list[float]:
@@ -215,13 +215,13 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         for name, value in data.known_labels(record).items():
             sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
-        words = len(TAG.split(txt)[0].encode())
+        words, answer = len(TAG.split(txt)[0].encode()), tok.encode(txt)
         at, first = 0, sample.length
-        for token in tok.encode(txt):
+        for token in answer:
             sample.add([token], "asr" if at < words else "p", tok.unknown)
             at += len(tok.bytes_of(token))
         if words:
-            times = said_at(tok.encode(txt), tok, 0.08 * slots[-1], 0, words)
+            times = said_at(answer, tok, 0.08 * slots[-1], 0, words)
             sample.listen(first, times, slots[-1])
         if not txt.endswith(echat.UNKNOWN):
             sample.add([tok.im_end], "p" if at > words else "asr")
@@ -254,9 +254,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             user = echat.NATURAL if cfg.language == "en" else ""
             txt = re.sub("^<[^<>]+>", "", txt)  # the reply's emotion belongs to the label think
         else:
-            labels = {"age": extra.get("age"), "gender": extra.get("gender"),
-                      "emotion": extra.get("q_emotion"), "event": extra.get("caption"),
-                      "reply_emotion": extra.get("emotion")}
+            labels = {name: extra.get(key) for name, key in data.IN_EXTRA.items()}
+            labels["reply_emotion"] = extra.get("emotion")
             think = label_think(cfg.language, extra.get("q_txt") or extra.get("question", ""),
                                 labels)
     answer = [*tok.encode(think + txt), tok.im_end]  # one string: `>` may merge with what follows
@@ -357,7 +356,7 @@ class Dialogue:
         net = self.module
         frames = int(batch["mel_lengths"].sum()) if "mel" in batch else 0
         parts = ((net.decoder.layers, batch["size"], 4), (net.adapter, frames / 8, 4),
-                 (net.decoder.embed_tokens, self.weight(batch), 4),  # as the head
+                 (net.decoder.embed_tokens, batch["weight"], 4),  # as the head
                  (net.encoder, frames / 2, 2))
         return sum(positions * (6 if p.requires_grad else frozen) * p.numel()
                    for part, positions, frozen in parts for p in part.parameters())
@@ -454,10 +453,9 @@ class Dialogue:
             extra, stats["ctc"] = ctc, (ctc.detach(), 1)
             spelt = [torch.tensor(list(b"".join(map(self.tok.bytes_of, w.tolist())).lower()))
                      for w in words]
-            logits = self.module.ear["letters"](self.convolved[said]).unflatten(2, (4, 256)).flatten(1, 2)
-            loss = F.ctc_loss(logits.log_softmax(-1).transpose(0, 1), torch.cat(spelt),
-                              4 * lengths[said], torch.tensor([len(w) for w in spelt]),
-                              zero_infinity=True)
+            logits = self.module.ear["letters"](self.convolved[said])  # (B, S, 4 * 256)
+            loss = echat.ctc_loss(logits.unflatten(2, (4, 256)).flatten(1, 2), 4 * lengths[said],
+                                  spelt)
             extra, stats["letters"] = extra + loss, (loss.detach(), 1)
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
@@ -794,7 +792,11 @@ class Trainer:
         return [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
 
     def collate(self, samples: list, seed: str) -> dict:
-        return self.trainee.collate(samples, seed) | {"size": sum(s.length for s in samples)}
+        """A batch with its weight in the loss and its positions that are no pad, counted here:
+        on the device they would cost a wait each time."""
+        batch = self.trainee.collate(samples, seed)
+        size = sum(sample.length for sample in samples)
+        return batch | {"weight": self.trainee.weight(batch), "size": size}
 
     def loader(self, lists: list[str], seed: int, state=None):
         sources = []
@@ -866,7 +868,7 @@ class Trainer:
         """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
         trainee = self.trainee
         trainee.step, out = self.step, {}
-        total = torch.tensor(float(sum(map(trainee.weight, micro))), device=self.device)
+        total = torch.tensor(float(sum(batch["weight"] for batch in micro)), device=self.device)
         all_reduce([total])
         self.lr = learning_rate(self.step, self.args)
         for turn in trainee.turns:
@@ -877,7 +879,7 @@ class Trainer:
             for batch in micro:
                 with self.computed:
                     loss, stats = trainee.loss(turn, batch)
-                (loss * (trainee.weight(batch) / total.item())).backward()
+                (loss * (batch["weight"] / total)).backward()
                 broken += ~torch.isfinite(loss.detach())
                 add(out, stats)
             gradients = [p.grad for p in parameters]
@@ -905,7 +907,7 @@ class Trainer:
             for _ in range(self.args.valid_batches):
                 batch = to(next(batches)[0], self.device)
                 loss, stats = trainee.loss(trainee.turns[-1], batch)
-                add(sums, stats | {"loss": (loss * trainee.weight(batch), trainee.weight(batch))})
+                add(sums, stats | {"loss": (loss * batch["weight"], batch["weight"])})
             reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0], self.device)} \
                 if self.talks else {}
         trainee.module.train()
@@ -956,8 +958,8 @@ class Trainer:
                     shutil.copy(os.path.join(init, name), os.path.join(out, name))
             echat.save_config(out, self.cfg)
             self.trainee.save(out, state["module"])
-            torch.save(state, os.path.join(out, "state.pt.tmp"))
-            os.replace(os.path.join(out, "state.pt.tmp"), os.path.join(out, "state.pt"))
+            with data.replacing(os.path.join(out, "state.pt"), "wb") as f:
+                torch.save(state, f)
             if also:
                 self.keep(also)
         self.meet()

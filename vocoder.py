@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
-
 SLOPE = 0.1  # of every LeakyReLU but the last one, which has torch's default 0.01
 
 

@@ -238,7 +238,6 @@ def world(tmp_path_factory):
     voice = {"spk": torch.randn(1, 6), "prompt_codes": torch.zeros(1, 2, dtype=torch.long),
              "prompt_mel": torch.randn(1, 8, 80) - 5}
     token2wav = echat.Token2Wav(cfg, voice)
-    token2wav.vocoder.fold() if hasattr(token2wav.vocoder, "fold") else None
     echat.save_weights(str(home / "token2wav.safetensors"), token2wav)
     echat.save_weights(str(home / "voice.safetensors"), voice)
     for name in "ab":

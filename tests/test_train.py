@@ -690,7 +690,7 @@ def test_mfu_counts_what_is_trained(run, lists, tok, wav):
     def n(part):
         return sum(p.numel() for p in part.parameters())
     net, targets = trainee.module, trainee.weight(batch)
-    assert trainee.flops(batch | {"size": 70}) == (
+    assert trainee.flops(batch | {"size": 70, "weight": targets}) == (
         4 * n(net.decoder.layers) * 70 + 4 * 303 * 16 * targets + 6 * n(net.adapter) * 10
         + 2 * n(net.encoder) * 40)
 
