@@ -567,14 +567,29 @@ def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copy `weights` into `module`, if they are its own. Layer by layer: some are joined on the
-    way in (decoder.fuse), and nothing large should be held twice."""
-    check(module, weights, source)
-    parts = {}
-    for name, weight in weights.items():
-        parts.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], {})[name] = weight
-    for part in parts.values():
+    """Copy `weights` into `module`, if they are its own."""
+    fill(module, lambda: weights, source)
+
+
+PART = 128 << 20  # bytes
+
+
+def fill(module: nn.Module, read, source: str) -> None:
+    """fit() of the weights that read() maps, anew for every part of them: what was copied is given
+    back, so nothing large is held twice. A layer stays whole: some of its weights are joined on
+    the way in (decoder.fuse)."""
+    check(module, read(), source)
+    layers = {}
+    for name in read():
+        layers.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], []).append(name)
+    todo = list(layers.values())
+    while todo:
+        weights, part, size = read(), {}, 0
+        while todo and size < PART:
+            part |= {name: weights[name] for name in todo[0]}
+            size += sum(weights[name].nbytes for name in todo.pop(0))
         module.load_state_dict(part, strict=False)
+        del weights, part
 
 
 def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) -> None:
@@ -599,13 +614,15 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
     if file := osum_file(path):
         cfg, weights = read_osum(file)
         dtype = dtype or weights["decoder.speech_head.weight"].dtype
+        del weights  # or its map would stay, and what is copied be there twice
+        read = lambda: read_osum(file)[1]
     else:
         file = os.path.join(path, "model.safetensors")
-        cfg, weights = load_config(path), read_weights(file)
+        cfg, read = load_config(path), lambda: read_weights(file)
     with Hollow():
         model = EChat(cfg)
     model = model.to("meta", dtype).to_empty(device=device)
-    fit(model, weights, file)
+    fill(model, read, file)
     return model.eval()
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -629,6 +630,20 @@ def test_a_released_file_is_read_by_shape(tmp_path):
     assert load_echat(str(tmp_path / "half.pt")).adapter.proj.weight.dtype == torch.bfloat16
     full = load_echat(str(tmp_path / "half.pt"), dtype=torch.float32)
     assert torch.equal(full.adapter.proj.weight, model.adapter.proj.weight.bfloat16().float())
+
+
+def test_what_was_copied_is_given_back(monkeypatch):
+    """Loading maps the file anew for every layer, and lets go of the map before."""
+    want, model, maps = EChat(released_config()), EChat(released_config()), []
+
+    def read():
+        assert all(weight() is None for weight in (maps[-1] if maps else ()))
+        state = {k: v.clone() for k, v in want.state_dict().items()}
+        maps.append([weakref.ref(v) for v in state.values()])
+        return state
+    monkeypatch.setattr(echat, "PART", 1)
+    echat.fill(model, read, "file.pt")
+    assert same(model, want) and len(maps) > 5
 
 
 def test_a_deepspeed_folder(tmp_path):
