@@ -722,6 +722,45 @@ def clip(gradients: list[Tensor], limit: float) -> float:
     return norm
 
 
+def orthogonal(x: Tensor) -> Tensor:
+    """x with all its singular values moved to about 1, by Newton and Schulz's iteration of degree 5
+    on the smaller Gram matrix s: powers of s commute, so x itself is touched only twice."""
+    x = x / (x.norm() + 1e-7)
+    if tall := x.shape[0] > x.shape[1]:
+        x = x.T
+    s = x @ x.T
+    for turn in range(5):
+        p = torch.addmm(s, s, s, beta=-4.7750, alpha=2.0315)  # beta s + alpha s^2
+        p.diagonal().add_(3.4445)
+        s, total = p @ p @ s, p if turn == 0 else p @ total
+    x = total @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, but the matrices inside the blocks of adapter and decoder move by orthogonal steps
+    (Jordan et al. 2024), as long as Adam's usually are (Liu et al. 2025). torch.optim.Muon computes
+    in bfloat16, which a CPU is slow at. Ranks share the work."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        turned = [(p, group) for group in self.param_groups if group["turned"]
+                  for p in group["params"]]
+        steps = [torch.zeros_like(p) for p, _ in turned]
+        for i, (p, group) in enumerate(turned):
+            mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            mean.lerp_(p.grad, 0.05)
+            if i % world == rank:
+                steps[i] = orthogonal(p.grad.lerp(mean, 0.95))
+            p.grad = None  # AdamW passes over it
+        all_reduce(steps)
+        for (p, group), step in zip(turned, steps):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(step, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
+        super().step()
+
+
 def gathered(state: dict) -> dict:
     """A nested state with all shards put together, on the CPU of rank 0."""
     def whole(shard: DTensor) -> Tensor | None:
@@ -763,7 +802,8 @@ class Trainer:
         if args.shard:
             self.shard()
         self.trainee.module.to(self.device)
-        self.optimizers = {turn: torch.optim.AdamW(
+        optimizer = Muon if args.muon else torch.optim.AdamW
+        self.optimizers = {turn: optimizer(
             self.groups(p), args.lr, betas=tuple(args.betas), weight_decay=args.weight_decay,
             fused=self.device != "mps") for turn, p in self.trainee.parameters.items()}
         if state:
@@ -772,8 +812,8 @@ class Trainer:
     def shard(self) -> None:
         if not dist.is_initialized() or not self.talks:
             raise BadInput("--shard is for the LLM's stages, run by torchrun")
-        if self.args.ear or self.args.guide:
-            raise BadInput("--ear and --guide are for small models, not for --shard")
+        if self.args.ear or self.args.guide or self.args.muon:
+            raise BadInput("--ear, --guide and --muon are for small models, not for --shard")
         if self.kind != "cpu":
             self.computed = torch.autocast(self.kind, torch.bfloat16)
         self.trainee.shard(self.kind)
@@ -788,8 +828,10 @@ class Trainer:
         for name, p in self.trainee.module.named_parameters():
             if p in mine:
                 scale = next((v for k, v in scales.items() if name.startswith(k)), 1.0)
-                groups.setdefault((scale, name.startswith("decoder.")), []).append(p)
-        return [{"params": own, "scale": scale} for (scale, _), own in groups.items()]
+                turned = p.dim() == 2 and name.startswith(("adapter.blocks.", "decoder.layers."))
+                groups.setdefault((scale, turned, name.startswith("decoder.")), []).append(p)
+        return [{"params": own, "scale": scale, "turned": turned}
+                for (scale, turned, _), own in groups.items()]
 
     def collate(self, samples: list, seed: str) -> dict:
         """A batch with its weight in the loss and its positions that are no pad, counted here:
@@ -1067,6 +1109,8 @@ def main() -> None:
                    help="rate of the encoder, or of the tokenizer's blocks, x --lr")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999))
     p.add_argument("--weight-decay", type=float, default=0.01)
+    p.add_argument("--muon", action="store_true",
+                   help="orthogonal steps for the blocks of adapter and decoder")
     p.add_argument("--clip", type=float, default=5.0)
     p.add_argument("--accum", type=int, default=4)
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
