@@ -6,7 +6,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 
     python data.py build --out corpus            # the EChat-mini corpus (synthetic labels)
     python data.py build --bench --out bench     # EChat-eval: 280 held-out dialogues a set
-    python data.py tokenizer --text corpus/texts.txt --vocab 2048 --out assets/mini
+    python data.py tokenizer --text corpus/texts.txt --vocab 1024 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
     python data.py shards LIST --out DIR         # a list as tars, the released layout
@@ -1877,7 +1877,7 @@ def main() -> None:
     c.add_argument("--jobs", type=int, default=os.cpu_count())
     c = commands.add_parser("tokenizer", help="train the byte-level BPE")
     c.add_argument("--text", required=True, help="file with one text a line")
-    c.add_argument("--vocab", type=int, default=2048)
+    c.add_argument("--vocab", type=int, default=1024)
     c.add_argument("--out", required=True)
     c = commands.add_parser("tokens", help="add extra.speech_token to JSONL lists")
     c.add_argument("lists", nargs="+")

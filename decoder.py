@@ -142,7 +142,7 @@ class Layer(nn.Module):
 
 @dataclass
 class DecoderConfig:
-    vocab: int = 2048  # rows of the text table
+    vocab: int = 1024  # rows of the text table
     dim: int = 320
     n_layers: int = 8
     n_heads: int = 6
