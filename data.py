@@ -75,13 +75,10 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-@cache
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte, as used in tokenizer.json files."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    table = {chr(b): b for b in plain}
-    return table | {chr(256 + i): b for i, b in enumerate(others)}
+# GPT-2's printable stand-in for every byte, as used in tokenizer.json files
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in PLAIN} | {
+    chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
 
 
 def read_tokenizer(folder: str) -> dict:
@@ -113,8 +110,8 @@ class Tokenizer:
         try:
             spec = read_tokenizer(folder)
             self.special = special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-            vocab, alphabet = spec["model"]["vocab"], byte_alphabet()
-            ranks = {bytes(alphabet[c] for c in w): i for w, i in vocab.items() if w not in special}
+            vocab = spec["model"]["vocab"]
+            ranks = {bytes(BYTES[c] for c in w): i for w, i in vocab.items() if w not in special}
             # tiktoken merges to any token of the vocabulary, lowest id first
             merged = [vocab[m.replace(" ", "") if isinstance(m, str) else "".join(m)]
                       for m in spec["model"]["merges"]]
@@ -389,25 +386,19 @@ def records(path: str, skip: int = 0):
 
 
 def count(path: str) -> float:
-    """How many records a list has; judged by 64 MB, spread over it, if it is longer, and for
-    shards by the first of them: training starts at once on any list."""
+    """How many records a list has; for shards judged by the first of them."""
     if path.endswith(".tar"):
         return sum(1 for _ in rows(path))
     tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
     each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
-    size, read, ends = os.path.getsize(path), 0, 0
     with open(path, "rb") as f:
-        for i in range(64):
-            f.seek(size * i // 64)
-            block = f.read(min(size * (i + 1) // 64 - f.tell(), 1 << 20))
-            read, ends = read + len(block), ends + block.count(b"\n")
-    return max(1, ends * size / max(1, read)) * each
+        return each * max(1, sum(b.count(b"\n") for b in iter(partial(f.read, 1 << 20), b"")))
 
 
-def attempt(make, record: dict, epoch: int, rng: random.Random):
-    """The sample that a record makes, or the reason why it is rejected."""
+def attempt(make, record: dict, *more):
+    """What is made of a record, or the reason why it is rejected."""
     try:
-        return record.get("bad") or make(record, epoch, rng)
+        return record.get("bad") or make(record, *more)
     except BadInput as e:
         return reason(e)
 
@@ -426,18 +417,6 @@ class Source:
         self.budget, self.seed, self.window = budget, seed, window
         self.state = {"epoch": 0, "window": 0, "used": 0, "rejected": {}}
 
-    def samples(self, chunk: list[dict], rng: random.Random) -> list:
-        """Samples of a window; the rejects are counted, once, if part of it was used before."""
-        samples, rejected = [], Counter(self.state["rejected"])
-        for record in chunk:
-            made = attempt(self.make, record, self.state["epoch"], rng)
-            if isinstance(made, str):
-                rejected[made] += not self.state["used"]
-            else:
-                samples.append(made)
-        self.state["rejected"] = dict(rejected)
-        return samples
-
     def batches(self):
         state = self.state
         while True:
@@ -445,7 +424,11 @@ class Source:
             stream = records(self.path, state["window"] * self.window)
             while chunk := list(itertools.islice(stream, self.window)):
                 rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
-                cut = cut_batches(self.samples(chunk, rng), self.budget)
+                made = [attempt(self.make, r, state["epoch"], rng) for r in chunk]
+                if not state["used"]:  # rejects count once, if the run was cut in this window
+                    rejected = Counter(m for m in made if isinstance(m, str))
+                    state["rejected"] = dict(rejected + Counter(state["rejected"]))
+                cut = cut_batches([m for m in made if not isinstance(m, str)], self.budget)
                 rng.shuffle(cut)
                 for batch in cut[state["used"]:]:
                     empty = False
@@ -796,12 +779,6 @@ def resonate(x: np.ndarray, peaks: list[tuple]) -> np.ndarray:
     return unit(y)
 
 
-def buzz(f0: np.ndarray) -> np.ndarray:
-    """Glottal pulses (leaky-integrated impulses) on a per-sample pitch curve."""
-    phase = np.cumsum(f0 / QUERY_SR)
-    return scipy.signal.lfilter([1], [1, -0.9], np.diff(np.floor(phase), prepend=0))
-
-
 def bump(n: int, attack: float = 0.2, decay: float = 3.0) -> np.ndarray:
     """An amplitude curve that rises over the first `attack` of n samples, then decays."""
     t = np.arange(n) / n
@@ -815,9 +792,13 @@ def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
     samples = lambda low, high: int(u(low, high) * QUERY_SR)
     silence = lambda low, high: np.zeros(samples(low, high))
     hiss = lambda n, peaks=mouth: resonate(rng.standard_normal(n), peaks)
-    voice = lambda curve, peaks=mouth: resonate(buzz(curve), peaks)
     drift = lambda n, a, b: np.linspace(a, b, n) * (
         1 + 0.03 * np.sin(np.arange(n) * u(2, 5) / 2500))
+
+    def voice(curve, peaks=mouth):
+        """Glottal pulses (leaky-integrated impulses) on a pitch per sample, through the mouth."""
+        pulses = np.diff(np.floor(np.cumsum(curve / QUERY_SR)), prepend=0)
+        return resonate(scipy.signal.lfilter([1], [1, -0.9], pulses), peaks)
     wide = [(h, 3 * w, g) for h, w, g in mouth]
     teeth = [(u(3200, 4200), 1500, 1), (u(5200, 6500), 2000, .8)]
     parts = []
@@ -1252,24 +1233,19 @@ def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
     (out / "voices.json").write_text(json.dumps(voice_table(), indent=1))
 
 
-def claim(out: Path, settings: list):
-    """Remember what a folder is made from: going on with other settings would mix two corpora."""
-    out.mkdir(parents=True, exist_ok=True)
-    stamp, digest = out / "settings.sha1", hashlib.sha1(repr(settings).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() != digest:
-        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
-    stamp.write_text(digest)
-
-
 def build(args: argparse.Namespace):
     """Plan, speak in parallel, write the manifests, print the statistics."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
     engines, out = find_engines(), Path(args.out)
     scenes, bank = load_bank(args.scenes)
     items = plan(args.n, args.seed, scenes, bank, engines, args.bench)
-    claim(out, [args.seed, items, EMOTION, AGE, REPLY, THROAT])
     for folder in ("query", "reply"):
-        (out / folder).mkdir(exist_ok=True)
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    stamp, settings = out / "settings.sha1", repr([args.seed, items, EMOTION, AGE, REPLY, THROAT])
+    digest = hashlib.sha1(settings.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() != digest:  # would mix two corpora
+        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
+    stamp.write_text(digest)
     if "kokoro" in engines:
         kokoro_tts()  # joins its model file once, before the children need it
     rows = [] if args.bench else sentences(scenes)
@@ -1318,10 +1294,7 @@ def sifted(stream, work, found: Counter):
     """The records that `work` makes something of; it changes them, or tells why not by what it
     returns or raises. All are counted."""
     for record in stream:
-        try:
-            why = record.get("bad") or work(record)
-        except BadInput as e:
-            why = reason(e)
+        why = attempt(work, record)
         found[why or "written"] += 1
         if not why:
             yield record
@@ -1484,34 +1457,34 @@ def released_parts(args: argparse.Namespace) -> tuple:
     wave = read_wave(args.wavs[0])
     if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
         raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
+    spk = speaker_vector(wave, args.speaker)  # first: it fails sooner than a large file loads
     try:
-        spk = speaker_vector(wave, args.speaker)  # first: it fails sooner than a large file loads
         return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
                                   else (read_weights(args.s3), args.rate)))
     except BadCheckpoint:
         raise
     except ValueError as e:
-        name = "" if str(e).startswith((args.s3, args.speaker)) else f"{args.s3}: expected S3 v1; "
+        name = "" if str(e).startswith(args.s3) else f"{args.s3}: expected S3 v1; "
         raise BadCheckpoint(f"{name}{e}") from None
 
 
 def speaker_vector(wave: Tensor, path: str) -> Tensor:
-    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). ValueError in one line."""
+    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). BadInput in one line."""
     from encoder import fbank
     try:
         import onnxruntime
     except ImportError:
-        raise ValueError(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
-                         ) from None
+        raise BadInput(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
+                       ) from None
     if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file")
+        raise BadInput(f"{path}: no such file")
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
         return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
     except Exception as e:  # onnxruntime's errors have no public base
-        reason = str(e).partition("\n")[0][:150]
-        raise ValueError(f"{path}: expected campplus.onnx ({reason})") from None
+        why = str(e).partition("\n")[0][:150]
+        raise BadInput(f"{path}: expected campplus.onnx ({why})") from None
 
 
 def tokenizer(args: argparse.Namespace) -> None:
@@ -1553,13 +1526,6 @@ def check(args: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------
 # Preparation of texts: the filters and chats of App. A.2, A.3, whose words lie in assets/prompts.md
 
-UNFIT = {name: re.compile(pattern, re.M) for name, pattern in {  # each in linear time
-    "code": r"```|`[^`\n]+`|[=!]=|=>|\+[+=]|[{}]\s*$|\w\([^()\n]*\)+\s*[;{]"
-            r"|^[ \t]*(?:#include\b|#!/|def \w+\(|class \w+[(:]|from [\w.]+ import "
-            r"|import [\w.]+ as |(?:var|let|const) \w+ =)"
-            r"|</?(?:html|body|div|span|p|br|table|t[rd]|img|script|style|h\d|[uo]l|li)\b[^<>]*>",
-    "link": r"\[[^\[\]]*\]\([^()]*\)|<a\s", "e-mail": r"\w@[\w-]+\.\w",
-    "URL": r"\b(?:https?|ftp)://|\bwww\.\w|\w\.(?:com|org|net|edu|gov|io|cn|html?)\b"}.items()}
 # a Chinese character is a word
 WORD = re.compile("[\u4e00-\u9fff]|[^\\W\u4e00-\u9fff]+(?:['\u2019-][^\\W\u4e00-\u9fff]+)*")
 
@@ -1572,10 +1538,11 @@ def pair(record: dict) -> tuple[str, str]:
 
 def unfit(record: dict) -> str | None:
     """Why the texts of a record are not for speech."""
-    texts = pair(record)
+    texts, signs = pair(record), sections("prompts.md")["unfit"].split("\n")
     if max(len(WORD.findall(text)) for text in texts) > 150:
         return "over 150 words"
-    return next((name for name, sign in UNFIT.items() if any(map(sign.search, texts))), None)
+    return next((name for name, _, sign in (line.partition(": ") for line in signs)
+                 if any(re.search(sign, text, re.M) for text in texts)), None)
 
 
 def filtered(args: argparse.Namespace) -> None:
