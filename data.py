@@ -302,6 +302,15 @@ def parsed(path: str, number: int, line: str) -> dict:
         raise BadInput(f"{path}:{number}: not a JSON record") from None
 
 
+def read_jsonl(path: str) -> list[dict]:
+    """The rows of a file; BadInput names a line that is none."""
+    return [parsed(path, *row) for row in lines(path)]
+
+
+def asset(name: str) -> str:
+    return os.path.join(os.path.dirname(__file__), "assets", name)
+
+
 def whole(path: str, folder: str) -> str:
     """A path that is relative to its list or, as in released lists, to where we are."""
     near = os.path.join(folder, path)
@@ -348,14 +357,13 @@ def rows(path: str):
     JSONL, which costs nothing to skip."""
     folder = os.path.dirname(os.path.abspath(path))
     for number, line in [(1, path)] if path.endswith(".tar") else lines(path):
-        jsonl, _, tar = line.strip().rpartition("|")
+        words, _, tar = line.strip().rpartition("|")
         if not tar.endswith(".tar"):
             yield number, line
             continue
         known = None  # what the jsonl says of a key counts, not what the tar says
-        if jsonl.strip("-"):
-            jsonl = whole(jsonl, folder)
-            known = {r.get("key"): r for r in (parsed(jsonl, *x) for x in lines(jsonl))}
+        if words.strip("-"):
+            known = {r.get("key"): r for r in read_jsonl(whole(words, folder))}
         try:
             for r in shard(whole(tar, folder)):
                 yield r if known is None else \
@@ -552,21 +560,17 @@ THROAT = {  # median f0 and formant scale
 ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
 
 
-def asset(name: str) -> str:
-    return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
-
-
 def recordings() -> list[dict]:
     """Recordings of sound events: the package, the folder, zip or module in which it keeps them,
     and by event a pattern of its files' names; a group of that is the gender."""
-    return [json.loads(line) for line in asset("recordings.jsonl").splitlines()]
+    return read_jsonl(asset("recordings.jsonl"))
 
 
 def voice_table() -> list[dict]:
     """All query voices. `name`: engine-native after the colon (kokoro: timbre/prosody); `age`: the
     only one it can play, None for an adult that plays every age; `pitch` and `formant` vary the
     THROAT; `split` marks the ones kept for the test set."""
-    return [json.loads(line) for line in asset("voices.jsonl").splitlines()]
+    return read_jsonl(asset("voices.jsonl"))
 
 
 def find_engines() -> set[str]:
@@ -1055,7 +1059,7 @@ def think(topic: str, known: dict, tone: str, bank: dict, rng) -> str:
 
 def load_bank(paths: list[str]) -> tuple[list, dict]:
     """JSONL text bank -> (scenes, texts by (kind, label) or (kind, age, gender))."""
-    rows = [json.loads(line) for p in paths for line in Path(p).read_text().splitlines() if line]
+    rows = [row for path in paths for row in read_jsonl(path)]
     return [r for r in rows if r["kind"] == "scene"], {
         (r["kind"], *(r[key] for key in ("label", "age", "gender") if key in r)): r["text"]
         for r in rows if r["kind"] != "scene"}
@@ -1553,7 +1557,8 @@ def tell(found: Counter) -> None:
 @cache
 def sections(name: str) -> dict[str, str]:
     """Sections of a file in assets: title -> body; a line that begins with `|` goes on."""
-    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", asset(name), re.M)
+    text = Path(asset(name)).read_text(encoding="utf-8")
+    found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
     return {title: body.strip().replace("\n|", "|") for title, body in found}
 
 
@@ -1756,8 +1761,7 @@ def main() -> None:
     add("voice", "--out", required=True, metavar="FILE")
     add("pseudo-label filter", "--out", required=True, metavar="LIST")
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
-    add("build", "--scenes", nargs="+", metavar="FILE", default=[
-        os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
+    add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
     add("build", "--n", type=int, default=10000)
     add("build", "--bench", action="store_true", help="the five test sets of EChat-eval instead")
     add("build", "--seed", type=int, default=0)
