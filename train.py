@@ -749,8 +749,9 @@ class Muon(torch.optim.AdamW):
                   for p in group["params"]]
         steps = [torch.zeros_like(p) for p, _ in turned]
         for i, (p, group) in enumerate(turned):
-            mean = self.state[p].setdefault("momentum", torch.zeros_like(p))
-            mean.lerp_(p.grad, 0.05)
+            if p not in self.state:  # AdamW reads no state that is without a step
+                self.state[p] = {"step": torch.zeros(()), "momentum": torch.zeros_like(p)}
+            mean = self.state[p]["momentum"].lerp_(p.grad, 0.05)
             if i % world == rank:
                 steps[i] = orthogonal(p.grad.lerp(mean, 0.95))
             p.grad = None  # AdamW passes over it

@@ -20,7 +20,7 @@ import train
 from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, save_weights,
                    think_length, user_prompt)
 from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate,
-                   said_at, sequence, tagless)
+                   orthogonal, said_at, sequence, tagless)
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -552,7 +552,7 @@ def test_a_frozen_encoder_hears_a_clip_once_as_far_as_memory_goes(run, lists, mo
 
 @pytest.mark.parametrize("stage, flags", [
     ("text", {}), ("vocoder", {"mel_only": 3}), ("align", {"augment": True, "accum": 2}),
-    ("flow", {}), ("s2s", {}), ("tokenizer", {"quantise_after": 1})])
+    ("flow", {}), ("s2s", {}), ("s2s", {"muon": True}), ("tokenizer", {"quantise_after": 1})])
 def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
     """Bit for bit, at a step in the middle of an epoch, with dropout and mixed lists."""
     data = of(lists, stage) + ([lists["t2t"], lists["asr"]] if stage == "s2s" else [])
@@ -611,7 +611,8 @@ def two(stage, lists, init, out, *more, dies_at=None) -> list:
     return [process.exitcode for process in ranks]
 
 
-@pytest.mark.parametrize("stage, flags", [("text", []), ("s2s", ["--shard"])])
+@pytest.mark.parametrize("stage, flags", [("text", []), ("text", ["--muon"]),
+                                          ("s2s", ["--shard"])])
 def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path, checkpoint, stage,
                                                            flags):
     """Also if they go on with what one has begun: no record is repeated or left out. What they
@@ -620,7 +621,7 @@ def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path,
     config = (init / "config.json").read_text()
     (init / "config.json").write_text(config.replace('"dropout": 0.1', '"dropout": 0.0'))
     same = dict(accum=2, batch_tokens=150, valid=lists["t2t"], valid_every=3, valid_batches=2,
-                init=init)
+                init=init) | ({"muon": True} if "--muon" in flags else {})
     one = run(stage, of(lists, stage), "one", steps=4, **same)
     run(stage, of(lists, stage), "two", steps=1, **same)
     codes = two(stage, lists, init, tmp_path / "two", "--resume", "--steps", "3", "--valid",
@@ -726,6 +727,19 @@ def test_ten_bad_steps_in_a_row_end_the_run(run, lists, monkeypatch, capsys):
         run("text", lists["text"], "ten", steps=25)
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert end.value.code == 2 and "10 steps in a row" in said and "last at 10" in said
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+def test_orthogonal_steps(shape):
+    """All directions of a gradient, as far as they are above a thousandth, move about alike."""
+    u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.manual_seed(0)), False)
+    sizes = torch.logspace(0, -2, min(shape))
+    made = orthogonal(u @ torch.diag(sizes) @ v)
+    assert made.shape == shape
+    sizes = torch.linalg.svdvals(made)
+    assert 0.6 < sizes.min() and sizes.max() < 1.3
+    inside = u.T @ made @ v.T  # same directions
+    assert (inside - inside.diagonal().diag()).abs().max() < 1e-3
 
 
 def test_learning_rate():
