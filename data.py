@@ -127,8 +127,9 @@ class Tokenizer:
                            f"and tokenizer_config.json ({e})") from None
         self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
-        # tokens of the unknown-label placeholder `<&&>`: never a target, never attended
-        self.unknown = {i for w, i in ranks.items() if b"&&" in w}
+        # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
+        # vocabulary spells it
+        self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
         self.cache = {}
 
     def encode(self, text: str) -> list[int]:

@@ -595,6 +595,9 @@ def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):
     tok = Tokenizer(str(tmp_path))
     assert tok.n_vocab <= 600 and b"&&" in map(tok.bytes_of, tok.unknown)
     assert len(tok.encode("<think end>")) < 6
+    data.train_tokenizer(["hello"], 280, str(tmp_path))  # too few merges for `&&`
+    tok = Tokenizer(str(tmp_path))
+    assert tok.decode([i for i in tok.encode("a <&&> b") if i in tok.unknown]) == "&&"
 
 
 def test_check(tmp_path, wav, monkeypatch, capsys):
