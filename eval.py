@@ -89,21 +89,23 @@ def interval(pairs, seed: int = 0, rounds: int = 1000) -> list:
 
 
 def scored(marks, seed: int) -> dict[str, dict]:
-    """(group, value, weight) marks -> group -> {n, score}: the sum of values over the weights'."""
-    groups = {}
-    for group, value, weight in marks:
-        groups.setdefault(group, []).append((value, weight))
-    return {g: {"n": len(v), "score": interval(v, seed)} for g, v in sorted(groups.items())}
+    """(column, group, value, weight) marks -> column -> group -> {n, score}, as interval()."""
+    columns = {}
+    for column, group, *pair in marks:
+        columns.setdefault(column, {}).setdefault(group, []).append(pair)
+    return {column: {g: {"n": len(v), "score": interval(v, seed)} for g, v in sorted(own.items())}
+            for column, own in columns.items()}
 
 
 def score_table(columns: dict[str, dict]) -> str:
-    """Column -> group -> {n, score} as aligned text: per cent, but for the MOS."""
-    def cell(name: str, n: int, score: list) -> str:
+    """What scored() gives as aligned text: per cent, but for the MOS."""
+    def cell(n: int = 0, score=(None,), scale: int = 100) -> str:
         return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f}) of {}".format(
-            *(v * (1 if name == "MOS" else 100) for v in score), n)
+            *(scale * v for v in score), n)
     names = sorted({name for scores in columns.values() for name in scores})
-    return table([["", *columns], *([name, *(cell(name, **s[name]) if name in s else "-"
-                                             for s in columns.values())] for name in names)])
+    return table([["", *columns], *(
+        [name, *(cell(**s.get(name, {}), scale=1 if name == "MOS" else 100)
+                 for s in columns.values())] for name in names)])
 
 
 def table(rows: list[list]) -> str:
@@ -160,13 +162,17 @@ def elsewhere(rows: list[dict], seed: int) -> list[int]:
     return out
 
 
-def fits(card: dict, system: str) -> list[tuple]:
-    """Marks of a reply: the labels it fits, by list, by label, and all at once; its emotion tag."""
-    right = {d: v == "right" for d, v in card["replies"][system]["verdicts"].items()}
-    return [*[(card["set"], sum(right.values()), len(right))] * bool(right),
-            *((d, ok, 1) for d, ok in right.items()),
-            *[("all labels", all(right.values()), 1)] * (len(right) > 1),
-            ("reply's tag", card["replies"][system]["tone"] == card["tone"], 1)]
+def fits(card: dict):
+    """Marks of the replies: the labels they fit, by list, by label, all at once; emotion tags."""
+    for system, reply in card["replies"].items():
+        right = {d: verdict == "right" for d, verdict in reply["verdicts"].items()}
+        marks = [*((d, ok, 1) for d, ok in right.items()),
+                 ("reply's tag", reply["tone"] == card["tone"], 1)]
+        if right:
+            marks.append((card["set"], sum(right.values()), len(right)))
+        if len(right) > 1:
+            marks.append(("all labels", all(right.values()), 1))
+        yield from ((system, *mark) for mark in marks)
 
 
 def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
@@ -254,12 +260,15 @@ def items_file(args, *settings) -> str:
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
 
 
-def by_list(args, rows: list[dict], got: list[dict], marks, way: str = "") -> dict[str, dict]:
-    """Column `list way` -> group -> score; marks(record, item) -> (group, value, weight) marks."""
-    return {f"{name} {way}".strip(): scored(
-        [mark for r, g in zip(rows, got) if r["set"] == name
-         for mark in [("broken", "error" in g, 1), *(() if "error" in g else marks(r, g))]],
-        args.seed) for name in dict.fromkeys(r["set"] for r in rows)}
+def measured(args, rows: list[dict], settings, work, marks, way: str = "") -> dict[str, dict]:
+    """work(record) -> item, kept in a file of these settings; marks(record, item) -> (group, value,
+    weight). Scores by column `list way`."""
+    found = []
+    for row, item in zip(rows, run_items(items_file(args, *settings), rows, work)):
+        own = [] if "error" in item else marks(row, item)
+        found += [(f"{row['set']} {way}".strip(), *mark)
+                  for mark in [("broken", "error" in item, 1), *own]]
+    return scored(found, args.seed)
 
 
 def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chatbot:
@@ -312,7 +321,7 @@ def understand(args) -> tuple[str, dict]:
                 counts.setdefault(known[d], Counter())[got["labels"][d] or "-"] += 1
             return [("WER, CER", edit_distance(said, heard), len(said))] * bool(said) + [
                 (d, known[d] == got["labels"][d], 1) for d in known]
-        columns |= by_list(args, rows, run_items(items_file(args, way), rows, hear), marks, way)
+        columns |= measured(args, rows, [way], hear, marks, way)
     for name, counts in sorted(confusion.items()):
         heard = sorted({h for row in counts.values() for h in row})
         text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
@@ -361,8 +370,9 @@ def convert(args) -> tuple[str, dict]:
 def perfect(record: dict) -> dict:
     """The list's own reply, "<SAD>Oh dear.", as if a model had made it."""
     tag = EMOTION.match(record["txt"])
-    return {"text": record["txt"][tag.end() if tag else 0:], "audio": record["extra"].get(
-        "reply_wav"), "labels": {"reply_emotion": tag[1] if tag else None}}
+    return {"key": record["key"], "text": record["txt"][tag.end() if tag else 0:],
+            "audio": record["extra"].get("reply_wav"),
+            "labels": {"reply_emotion": tag[1] if tag else None}}
 
 
 def replies(args, rows: list[dict], path: str) -> list[dict]:
@@ -383,26 +393,27 @@ def replies(args, rows: list[dict], path: str) -> list[dict]:
 
 def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     """A card for every record that the model and those of --beside answered; with the controls."""
-    systems = {"model": got}
-    for path in args.beside:
-        if not (known := {item["key"]: item for item in json_lines(path, "key")}):
-            raise BadInput(f"{path}: no items of another run")
-        systems[Path(path).stem] = [known.get(r["key"], {"error": "not there"}) for r in rows]
-    whole = [i for i, replies in enumerate(zip(*systems.values()))
-             if not any("error" in r for r in replies)]
-    rows, systems = [rows[i] for i in whole], {
-        name: [column[i] for i in whole] for name, column in systems.items()}
-    if "shuffle" in args.control:
-        systems["shuffle"] = [systems["model"][i] for i in elsewhere(rows, args.seed)]
-    systems |= {name: [reply(r) for r in rows] for name, reply in (
-        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": WORDS["generic"]}))
-        if name in args.control}
-    return [{"key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels_of(row),
-             "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
-             "replies": {name: {k: column[i].get(k) for k in ("text", "think", "audio")} | {
-                 "tone": column[i]["labels"].get("reply_emotion"),
-                 "verdicts": {d: judge(column[i]["text"], d, v) for d, v in labels_of(row).items()}}
-                 for name, column in systems.items()}} for i, row in enumerate(rows)]
+    systems = {"model": got} | {Path(path).stem: json_lines(path, "key") for path in args.beside}
+    if not all(systems.values()):
+        raise BadInput(f"{' '.join(args.beside)}: no items of another run")
+    systems = {name: {item["key"]: item for item in items if "error" not in item}
+               for name, items in systems.items()}
+    rows, cards = [r for r in rows if all(r["key"] in own for own in systems.values())], []
+    others = elsewhere(rows, args.seed) if "shuffle" in args.control else range(len(rows))
+    for row, other in zip(rows, others):
+        controls = {"shuffle": systems["model"][rows[other]["key"]], "perfect": perfect(row),
+                    "generic": {"text": WORDS["generic"], "labels": {}}}
+        replies = {name: own[row["key"]] for name, own in systems.items()} | {
+            name: reply for name, reply in controls.items() if name in args.control}
+        labels = labels_of(row)
+        cards.append({
+            "key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels,
+            "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
+            "replies": {name: {k: reply.get(k) for k in ("text", "think", "audio")} | {
+                "tone": reply["labels"].get("reply_emotion"),
+                "verdicts": {d: judge(reply["text"], d, v) for d, v in labels.items()}}
+                for name, reply in replies.items()}})
+    return cards
 
 
 def empathy(args) -> tuple[str, dict]:
@@ -415,8 +426,8 @@ def empathy(args) -> tuple[str, dict]:
         raise BadInput(f"none of {len(rows)} items is whole, see {path}")
     if args.dry_run:
         return ask_judge(args, cards)
-    result = {"n": len(cards), "broken": len(rows) - len(cards), "rules": {s: scored(
-        (m for card in cards for m in fits(card, s)), args.seed) for s in cards[0]["replies"]}}
+    result = {"n": len(cards), "broken": len(rows) - len(cards),
+              "rules": scored((mark for card in cards for mark in fits(card)), args.seed)}
     text = [f"Labels that replies fit, by rules; broken items: {result['broken']} of {len(rows)}",
             score_table(result["rules"])]
     if args.judge:
@@ -431,7 +442,7 @@ def empathy(args) -> tuple[str, dict]:
 
 def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     """The endpoint's scores of all replies, which the cards keep; in a dry run what they cost."""
-    client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", {}
+    client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", []
     asked = [(s, reply, *chat_about(card, reply))
              for card in cards for s, reply in card["replies"].items()]
     items = [{"key": hashlib.sha256(json.dumps([client.url, client.model, chat]).encode(
@@ -446,9 +457,9 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     for system, reply, kind, chat in asked:
         got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
         reply["score"] = got.get("score")
-        marks.setdefault(system, []).extend([("unanswered", "error" in got, 1), *(
-            [(kind, got["score"], 1)] if "score" in got else [(got["error"], 1, 1)])])
-    scores = {system: scored(m, args.seed) for system, m in marks.items()}
+        marks += [(system, "unanswered", "error" in got, 1), (
+            system, kind, got["score"], 1) if "score" in got else (system, got["error"], 1, 1)]
+    scores = scored(marks, args.seed)
     return f"{args.judge_model}: (s - 1) * 25; events by keywords\n{score_table(scores)}", scores
 
 
@@ -467,15 +478,15 @@ def page(cards: list[dict], seed: int) -> str:
 
 def people(args) -> tuple[str, dict]:
     """Table 3: the ratings of people who listened, as the page saves them, a line an item."""
-    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], {}
+    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], []
     if not votes:
         raise BadInput(f"{', '.join(args.ratings)}: no ratings as the page saves them")
     for vote in votes:
         for system, score in vote["scores"].items():
-            marks.setdefault(system, []).extend([
-                (vote["set"], (score - 1) / 4, 1), ("all", (score - 1) / 4, 1),
-                *[("preferred", vote["best"] == system, 1)] * bool(vote["best"])])
-    columns = {system: scored(m, args.seed) for system, m in sorted(marks.items())}
+            marks += [(system, group, (score - 1) / 4, 1) for group in (vote["set"], "all")]
+            if vote["best"]:
+                marks.append((system, "preferred", vote["best"] == system, 1))
+    columns = dict(sorted(scored(marks, args.seed).items()))
     return f"{score_table(columns)}\n1-5 as (s - 1) * 25", {"rated": len(votes), "systems": columns}
 
 
@@ -503,9 +514,9 @@ def qa(args) -> tuple[str, dict]:
     def reply(record: dict) -> dict:
         result, wave = answer(bot, record)
         return rated(result["text"], wave, rate, listen, None) if listen else result
-    path = items_file(args, args.task, args.asr.replace(os.sep, "_"))
-    columns = by_list(args, rows, run_items(path, rows, reply), lambda record, got: [
-        (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
+    columns = measured(
+        args, rows, [args.task, args.asr.replace(os.sep, "_")], reply, lambda record, got: [
+            (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
     return score_table(columns), columns
 
 
@@ -548,13 +559,12 @@ def tts(args) -> tuple[str, dict]:
     rows, bot, columns = pick(args), chatbot(args, args.task), {}
     rate, listen, mos = bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste()
     for way in args.path:
-        path = items_file(args, args.task, way, args.asr.replace(os.sep, "_"),
-                          "mos" if mos else "no_mos")
-        got = run_items(path, rows, lambda r: rated(*say(bot, r, way), rate, listen, mos))
-        columns |= by_list(args, rows, got, lambda record, item: [
-            *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
-            *[("MOS", item.get("mos"), 1)] * ("mos" in item),
-            ("mute", item["seconds"] < 0.1, 1)], way)
+        columns |= measured(
+            args, rows, [args.task, way, args.asr.replace(os.sep, "_"), "mos" if mos else "no_mos"],
+            lambda r: rated(*say(bot, r, way), rate, listen, mos), lambda record, item: [
+                *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
+                *[("MOS", item.get("mos"), 1)] * ("mos" in item),
+                ("mute", item["seconds"] < 0.1, 1)], way)
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
