@@ -46,41 +46,10 @@ AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
 THINK, THINK_END = "<think>", "<think end>"
 
-# ---- Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
-
-_YOU = "You are OSUM-chat, {} by ASLP Lab. "
-_BOTH = "You understand both the meaning and paralinguistic cues in speech"
-SYSTEM = {
-    "s2s": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
-    + " then respond with appropriate text and emotionally matching synthetic speech.",
-    "s2s_think": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
-    + ". Before responding, first output your reasoning inside <think>...</think end>, analyzing"
-    " the user\u2019s words and vocal cues. Then generate a reply with appropriate text and"
-    " emotionally matched synthetic speech.",
-    "s2s_stream": _YOU.format("a speech-to-speech dialogue assistant")
-    + "You analyze speech (content + paralinguistic cues) and respond with interleaved text and"
-    " emotionally-matched synthetic speech.",
-    "s2s_stream_think": _YOU.format("a speech-to-speech dialogue assistant")
-    + "You analyze speech (both content and paralinguistic cues). Before responding, output your"
-    " reasoning in <think>...</think end>. Then reply with interleaved text and emotionally"
-    " matched synthetic speech.",
-    "s2t": _YOU.format("a speech-to-text dialogue assistant") + _BOTH
-    + " then respond exclusively with appropriate text.",
-    "s2t_think": _YOU.format("a thinking-enabled speech-to-text dialogue assistant")
-    + "You not only comprehend the semantic meaning and paralinguistic cues in speech but also"
-    " engage in deliberate reasoning to process such information. Based on this thinking process,"
-    " you then respond exclusively with appropriate text.",
-    "t2t": _YOU.format("a text-to-text dialogue assistant")
-    + "You understand user input in text then respond exclusively with appropriate text.",
-    "understand": _YOU.format("an audio understanding assistant")
-    + "You can transcribe speech accurately and analyze paralinguistic cues to provide precise"
-    " text responses.",
-    "tts": _YOU.format("a speech synthesis assistant")
-    + "You generate natural and fluent speech from text input.",
-    "tts_stream": _YOU.format("a speech synthesis assistant")
-    + "You generate natural speech from text input and output both audio and the original text in"
-    " interleaved format.",
-}
+# ---- Prompts. The words are protocol: the released code's (App. B.2 prints other wording), and an
+# English think for models of our own. A think in either language is read.
+with open(os.path.join(os.path.dirname(__file__), "assets/protocol.json"), encoding="utf-8") as f:
+    SYSTEM, TEMPLATE = json.load(f).values()
 USER = "<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -97,8 +66,7 @@ def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
     for frames, reply, reply_codes in history:
         ids = ids + [AUDIO] * frames + tok.fixed(f"<|im_end|>\n{ASSISTANT}") + tok.encode(reply)
         ids = ids + [speech + c for c in reply_codes] + tok.fixed(f"<|im_end|>\n{USER}")
-    if text:
-        ids = ids + tok.encode(text)
+    ids = ids + tok.encode(text)
     if n_audio:
         ids = ids + [speech + cfg.codes + 1] + [AUDIO] * n_audio + [speech + cfg.codes + 2]
     ids = ids + tok.fixed(ASSISTANT)
@@ -120,18 +88,8 @@ def user_prompt(wanted: list[str]) -> str:
     return "Transcribe the speech" + (f", then tell the {', '.join(labels)}." if labels else ".")
 
 
-# The label think. Chinese as released (`tag_think`), English for models of our own; both are read.
-LABELS = ("age", "gender", "emotion", "event", "reply_emotion")
+LABELS = ("age", "gender", "emotion", "event", "reply_emotion")  # of the label think
 UNKNOWN = "<&&>"
-TEMPLATE = {
-    "en": "The user said: {text} Age: {age}, gender: {gender}, emotion: {emotion},"
-    " sound event: {event}, reply emotion: {reply_emotion}",
-    "zh": "\u7528\u6237\u8bf4\u7684\u8bdd\u662f:{text},\u5e74\u9f84\u4e3a:{age},\u6027\u522b\u4e3a:"
-    "{gender},\u60c5\u611f\u4e3a:{emotion},\u58f0\u97f3\u4e8b\u4ef6\u4e3a:{event},\u63a8\u6d4b"
-    "\u4f7f\u7528\u7684\u56de\u590d\u60c5\u611f\u4e3a:{reply_emotion},\u6211\u5e94\u8be5\u7efc\u5408"
-    "\u7528\u6237\u7684\u8bed\u4e49\u548c\u526f\u8bed\u8a00\u4fe1\u606f\u7ed9\u51fa\u4e13\u4e1a\u4e14"
-    "\u5bf9\u5e94\u7684\u56de\u7b54",
-}
 
 
 def label_think(language: str, text: str, labels: dict) -> str:
@@ -192,18 +150,14 @@ class Config:
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config(adapter=AdapterConfig(384, 320, 4, 4, ffn=512),
-                  s3=TokenizerConfig(positions=False))
+    return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False))
 
 
 def small() -> Config:
     """Whisper base + Qwen2.5-0.5B."""
     return Config(
-        name="small",
-        encoder=EncoderConfig(80, 512, 8, 6),
-        adapter=AdapterConfig(d_in=512, d_out=896, n_heads=4, n_layers=4, ffn=1280),
-        decoder=DecoderConfig(vocab=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2,
-                              head_dim=64, ffn=4864, codes=4096),
+        "small", encoder=EncoderConfig(80, 512, 8, 6), adapter=AdapterConfig(512, 896, 4, 4, 1280),
+        decoder=DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, codes=4096),
         s3=TokenizerConfig(d_model=512, n_heads=8, n_layers=3, tail_layers=3, codes=4096),
         flow=FlowConfig(codes=4096))
 
@@ -211,16 +165,12 @@ def small() -> Config:
 def paper() -> Config:
     """Whisper medium + Qwen2.5-3B, 3,458.8 M parameters, with the released sampling."""
     return Config(
-        name="paper", language="zh",
-        encoder=EncoderConfig(80, 1024, 16, 24),
-        adapter=AdapterConfig(d_in=1024, d_out=2048, n_heads=4, n_layers=4, ffn=2560),
-        decoder=DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2,
-                              head_dim=128, ffn=11008, codes=4096),
-        s3=TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2,
-                           pool=1, codes=4096),
-        flow=FlowConfig(codes=4096),
-        understand=Sampling(1.0, 5, 0.9, 1.05), text=Sampling(1.2, 10, 0.9),
-        speech=Sampling(1.2, 10, 0.9))
+        "paper", "zh", EncoderConfig(80, 1024, 16, 24), AdapterConfig(1024, 2048, 4, 4, 2560),
+        DecoderConfig(151936, 2048, 36, 16, 2, 128, 11008, codes=4096),
+        TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2, pool=1,
+                        codes=4096),
+        FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
+        text=Sampling(1.2, 10, 0.9), speech=Sampling(1.2, 10, 0.9))
 
 
 PRESETS = {"mini": mini, "small": small, "paper": paper}
@@ -478,7 +428,7 @@ def config_from_dict(data: dict, cls=Config):
     own, out = cls(), {}
     for key, value in data.items():
         if not hasattr(own, key):
-            raise BadCheckpoint(f"config: unknown key {key!r} for {cls.__name__}")
+            raise ValueError(f"unknown key {key!r} for {cls.__name__}")
         if is_dataclass(default := getattr(own, key)):
             value = config_from_dict(value, type(default))
         elif isinstance(value, list):
@@ -489,11 +439,8 @@ def config_from_dict(data: dict, cls=Config):
 
 def load_config(folder: str) -> Config:
     path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            return config_from_dict(json.load(f))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{folder}: no readable config.json ({e})") from None
+    with expecting("the config of a checkpoint", path), open(path, encoding="utf-8") as f:
+        return config_from_dict(json.load(f))
 
 
 MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a GGUF file",
@@ -501,19 +448,20 @@ MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a 
 
 
 def found(path: str, error: Exception) -> str:
-    """What a file that could not be read is, in a few words."""
+    """What a file that could not be used is, in a few words."""
+    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
+    if code := re.search(r"Unsupported (?:\w+: GLOBAL|global: GLOBAL) (\S+)", text):
+        return f"pickled code, {code[1]}, which is never run"
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if os.path.isdir(path):
-        return "a folder"
-    if code := re.search(r"Unsupported \w+: GLOBAL (\S+)|Unsupported global: GLOBAL (\S+)",
-                         str(error)):
-        return f"pickled code, {code[1] or code[2]}, which is never run"
-    with open(path, "rb") as f:
-        head = f.read(100)
-    kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
-        (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
-    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error)[:150].partition(chr(10))[0]})"
+    kind = "a folder"
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            head = f.read(100)
+        kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
+            (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
+        kind += f" of {os.path.getsize(path):,} bytes"
+    return f"{kind} ({text[:250].partition(chr(10))[0]})"
 
 
 @contextmanager
@@ -523,12 +471,9 @@ def expecting(what: str, path: str):
         yield
     except BadCheckpoint:
         raise
-    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as e:
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError,
+            TypeError, AttributeError) as e:
         raise BadCheckpoint(f"{path}: expected {what}, found {found(path, e)}") from None
-    except KeyError as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {e}: missing") from None
-    except (ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {str(e).partition(chr(10))[0]}") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
