@@ -1,8 +1,7 @@
 """EChat: the whole model. Paper sections Architecture and App. B.2.
 
-Puts encoder, adapter and decoder together; holds the prompt of every task (one function, used by
-training and by generation alike), the generators of every task with the 6:18 state machine, the
-presets; reading and writing of a checkpoint folder; and reading of the released files.
+Encoder, adapter and decoder together; the prompt of every task, for training and generation alike;
+the generators with the 6:18 state machine; presets; checkpoint folders and the released files.
 
     python model.py RUN OUT                              # what inference needs of a run, in fp16
     python model.py small --whisper FILE --llm DIR OUT   # published parts -> a checkpoint to train
@@ -13,8 +12,7 @@ One sequence of ids says everything the decoder reads:
                     codes+1 / codes+2 = open/close of the user's audio (input only)
     AUDIO (-1)      a slot filled by one frame of the adapter's output (12.5 Hz)
 
-Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text
-vocabulary.
+Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text ids.
 """
 import argparse
 import json
@@ -381,11 +379,6 @@ class EChat(nn.Module):
         """generate_all() after one prompt, as (phase, token)."""
         return (said[1:] for said in self.generate_all([ids], tok, *how, **options))
 
-    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "", history=(),
-               **options):
-        """answers() to one question, as (phase, token)."""
-        return (said[1:] for said in self.answers(tok, task, [(mel, text, history)], **options))
-
 
 class Token2Wav(nn.Module):
     """Flow and vocoder with the voice they speak in: codes -> wave (ours 24 kHz)."""
@@ -525,7 +518,7 @@ def fill(module: nn.Module, read, source: str) -> None:
     the way in (decoder.fuse)."""
     check(module, read(), source)
     layers = {}
-    for name in read():
+    for name in module.state_dict():
         layers.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], []).append(name)
     todo = list(layers.values())
     while todo:
@@ -553,6 +546,15 @@ def save_config(folder: str, cfg: Config) -> None:
     os.replace(path + ".tmp", path)
 
 
+def restored(make, path: str, device, dtype: torch.dtype | None = None, read=read_weights):
+    """The module that make() makes, with the weights that read(path) maps, in eval mode."""
+    with Hollow():
+        model = make()
+    model = model.to("meta", dtype).to_empty(device=device)
+    fill(model, lambda: read(path), path)
+    return model.eval()
+
+
 def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
     dtype: float32 where not given, or what the released file holds."""
@@ -560,15 +562,9 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
         cfg, weights = read_osum(file)
         dtype = dtype or weights["decoder.speech_head.weight"].dtype
         del weights  # or its map would stay, and what is copied be there twice
-        read = lambda: read_osum(file)[1]
-    else:
-        file = os.path.join(path, "model.safetensors")
-        cfg, read = load_config(path), lambda: read_weights(file)
-    with Hollow():
-        model = EChat(cfg)
-    model = model.to("meta", dtype).to_empty(device=device)
-    fill(model, read, file)
-    return model.eval()
+        return restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
+    cfg = load_config(path)
+    return restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
 
 
 # The released OSUM-EChat: one flat dict of the training code's names
@@ -599,9 +595,8 @@ def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
     weights by our names."""
     weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
-        part = "encoder" if key.startswith("encoder.") else \
-            "adapter" if key.startswith(TO_ADAPTER) else "decoder"
-        own[part][key] = value
+        to_adapter, heard = key.startswith(TO_ADAPTER), key.startswith("encoder.")
+        own["adapter" if to_adapter else "encoder" if heard else "decoder"][key] = value
     for key in ("encoder.embed.conv.0.weight", "speech_llama_proj.weight", "speech_head.weight"):
         if key not in weights:
             raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
@@ -633,14 +628,6 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
             and mel.shape[1] >= cfg.frames(codes.shape[1]) - spare):
         raise BadCheckpoint(f"{path}: not a voice for this model (spk, prompt_codes, prompt_mel)")
     return voice
-
-
-def restored(make, path: str, device) -> nn.Module:
-    """The module that make() makes, with the weights at `path`, in eval mode."""
-    with Hollow():
-        model = make()
-    fit(model, read_weights(path), path)
-    return model.to(device).eval()
 
 
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
