@@ -51,7 +51,10 @@ class Chatbot:
                                 f"{args.model} --whisper FILE --llm DIR {args.model}")
         self.tok, self.voice = Tokenizer(tokenizer or args.model), None
         if args.task in ("s2s", "tts"):
-            self.voice = self.load_voice(token2wav or (None if released else args.model))
+            if released and not token2wav:
+                raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
+                                    "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
+            self.voice = echat.load_token2wav(token2wav or args.model, args.voice, self.device)
             # The prompt of the voice is heard once.
             self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
         self.model = echat.load_echat(args.model, self.device)
@@ -69,18 +72,6 @@ class Chatbot:
                 raise BadCheckpoint(f"{token2wav}: speaks {cfg.flow.codes} codes, the model "
                                     f"{cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
-
-    def load_voice(self, folder: str | None) -> echat.Token2Wav:
-        """Our token2wav, or the released one if the folder holds its flow.pt."""
-        args = self.args
-        if folder is None:
-            raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
-                                "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
-        if not os.path.exists(os.path.join(folder, "flow.pt")):
-            return echat.load_token2wav(folder, args.voice, self.device)
-        if not args.voice:
-            raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
-        return echat.load_cosyvoice(folder, args.voice, self.device)
 
     def hear(self, path: str) -> torch.Tensor:
         """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""

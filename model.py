@@ -631,19 +631,23 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
 
 
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
-    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
+    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`; or, if
+    the folder has a flow.pt, those of the released CosyVoice."""
+    if os.path.exists(os.path.join(folder, "flow.pt")):
+        return load_cosyvoice(folder, voice, device)
     cfg = load_config(folder)
     voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
     return restored(lambda: Token2Wav(cfg, voice), os.path.join(folder, "token2wav.safetensors"),
                     device)
 
 
-def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
+def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
     """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file; or of
     CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
-    cfg = paper()
+    if not voice:
+        raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
+    cfg, path = paper(), os.path.join(folder, "flow.pt")
     cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
-    flow, wave = os.path.join(folder, "flow.pt"), os.path.join(folder, "hift.pt")
     try:
         heard = load_voice(voice, cfg.flow)
     except BadCheckpoint:
@@ -651,10 +655,11 @@ def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
         heard = load_voice(voice, cfg.flow)
     with Hollow():
         model = Token2Wav(cfg, heard)
-    with expecting("the flow of CosyVoice-300M", flow):
-        fit(model.flow, load_cosyvoice1(read_weights(flow)), flow)
-    with expecting("the vocoder of CosyVoice-300M", wave):
-        model.vocoder = load_hift(wave)
+    with expecting("the flow of CosyVoice-300M", path):
+        fit(model.flow, load_cosyvoice1(read_weights(path)), path)
+    path = os.path.join(folder, "hift.pt")
+    with expecting("the vocoder of CosyVoice-300M", path):
+        model.vocoder = load_hift(path)
     return model.to(device, torch.float32).eval()
 
 
