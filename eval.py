@@ -76,13 +76,13 @@ def edit_distance(said: list[str], heard: list[str]) -> int:
     return row[-1]
 
 
-def interval(pairs, seed: int = 0, rounds: int = 1000) -> list:
+def interval(pairs, seed: int = 0) -> list:
     """(value, weight) pairs -> sum of values / sum of weights and its 95 % bootstrap interval."""
     a = np.array([*pairs], float).reshape(-1, 2)  # (n, 2)
     if not a[:, 1].any():
         return [None] * 3
-    drawn = a[np.random.default_rng(seed).integers(len(a), size=(rounds, len(a)))].sum(1)
-    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + rounds,)
+    drawn = a[np.random.default_rng(seed).integers(len(a), size=(1000, len(a)))].sum(1)
+    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + 1000,)
     ratios = values / np.maximum(weights, 1e-9)
     return [round(float(v), 4) for v in (ratios[0], *np.percentile(ratios[1:], (2.5, 97.5)))]
 
@@ -222,7 +222,7 @@ def taste():
     return lambda wave: float(mos(torch.from_numpy(wave)[None]))
 
 
-def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
+def griffin_lim(mel: Tensor, cfg) -> Tensor:
     """Log-mel (T, M) -> wave (T * hop,) without a network: the baseline of every vocoder."""
     bank = mel_filters(cfg, cfg.fmax or cfg.sample_rate / 2)  # (M, bins)
     power = mel.exp().T  # (M, T)
@@ -232,11 +232,11 @@ def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
     window, n = torch.hann_window(cfg.win), len(mel) * cfg.hop
     rng = torch.Generator().manual_seed(0)
     phase = torch.polar(torch.ones(spec.shape), 6.2832 * torch.rand(spec.shape, generator=rng))
-    for _ in range(rounds):
+    for _ in range(61):
         wave = torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
         again = torch.stft(wave, cfg.n_fft, cfg.hop, cfg.win, window, return_complex=True)
         phase = torch.polar(torch.ones(spec.shape), again[:, :spec.shape[1]].angle())
-    return torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
+    return wave
 
 
 def pick(args) -> list[dict]:
@@ -567,10 +567,10 @@ def tts(args) -> tuple[str, dict]:
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
-def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
-    """Seconds of each work, which take turns; the first of their times is the cold one."""
-    times = np.zeros((len(works), rounds + 1))
-    for i in range(rounds + 1):
+def clock(device: str, *works) -> np.ndarray:
+    """Seconds (works, 6) of works that take turns; the first of their times is the cold one."""
+    times = np.zeros((len(works), 6))
+    for i in range(6):
         for work, own in zip(works, times):
             begin = time.perf_counter()
             work()
@@ -624,7 +624,7 @@ def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
     times = np.concatenate([clock(device, work) for work in (
         lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
         lambda: voice.flow.stream(codes, state, True),
-        lambda: voice.vocoder.stream(sound, None, True))])  # (5, rounds + 1)
+        lambda: voice.vocoder.stream(sound, None, True))])  # (5, 6)
     out = {}
     for kind, (hear, first, whole, flow, vocoder) in (
             ("cold_", times[:, 0]), ("", np.median(times[:, 1:], 1))):
