@@ -155,7 +155,8 @@ def small() -> Config:
     """Whisper base + Qwen2.5-0.5B."""
     return Config(
         "small", encoder=EncoderConfig(80, 512, 8, 6), adapter=AdapterConfig(512, 896, 4, 4, 1280),
-        decoder=DecoderConfig(151936, 896, 24, 14, 2, 64, 4864, codes=4096),
+        decoder=DecoderConfig(vocab=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2,
+                              head_dim=64, ffn=4864, codes=4096),
         s3=TokenizerConfig(d_model=512, n_heads=8, n_layers=3, tail_layers=3, codes=4096),
         flow=FlowConfig(codes=4096))
 
@@ -164,7 +165,8 @@ def paper() -> Config:
     """Whisper medium + Qwen2.5-3B, 3,458.8 M parameters, with the released sampling."""
     return Config(
         "paper", "zh", EncoderConfig(80, 1024, 16, 24), AdapterConfig(1024, 2048, 4, 4, 2560),
-        DecoderConfig(151936, 2048, 36, 16, 2, 128, 11008, codes=4096),
+        DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2, head_dim=128,
+                      ffn=11008, codes=4096),
         TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2, pool=1,
                         codes=4096),
         FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
@@ -267,17 +269,12 @@ class EChat(nn.Module):
         real = torch.arange(speech.shape[1], device=ids.device) < lengths[:, None]  # (N, S)
         return x.masked_scatter((ids == AUDIO)[..., None], speech[real].to(x.dtype))
 
-    def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
-                attend: Tensor | None = None, targets: Tensor | None = None,
-                heard: tuple[Tensor, Tensor] | None = None):
-        """ids (B, L) -> joint logits over text and speech (B, L, V+codes+1), None. With targets
+    def forward(self, ids: Tensor, heard: tuple[Tensor, Tensor] | None = None,
+                attend: Tensor | None = None, targets: Tensor | None = None):
+        """ids (B, L), what hear() made of their audio -> joint logits over text and speech
+        (B, L, V+codes+1), None. `attend` (B, L) False masks a key (unknown labels). With targets
         (B, L), -100 = no loss: logits only where there is a target, in row order (N, V+codes+1),
-        and the cross-entropy of each (N,).
-
-        The user's audio: mel (B, T, n_mels) with mel_lengths, or `heard`, what hear() made of it.
-        `attend` (B, L) False masks a key (unknown labels)."""
-        if mel is not None:
-            heard = self.hear(mel, mel_lengths)
+        and the cross-entropy of each (N,)."""
         x = self.embed(ids, *(heard or (None, None)))
         if targets is None:
             return self.decoder.logits(self.decoder(x, mask=attend), "joint"), None

@@ -303,7 +303,7 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     ids = prompt("s2s_stream", tok, model.cfg.decoder, EChat.audio_slots(42), history=turns)
     rows = [t if phase == "text" else V + t for phase, t in got]
     mels = data.pad_stack([past[0][0], past[1][0], mel(42)])
-    logits, _ = model(torch.tensor([ids + rows]), mels, torch.tensor([50, 33, 42]))
+    logits, _ = model(torch.tensor([ids + rows]), model.hear(mels, torch.tensor([50, 33, 42])))
     for i, (phase, token) in enumerate(got):
         head = logits[0, len(ids) + i - 1]
         head = head[:V] if phase == "text" else head[V:]
@@ -335,9 +335,9 @@ def test_loss_is_the_joint_cross_entropy_of_the_targets(model):
     ids = torch.tensor([[5, 6, AUDIO, AUDIO, 7, 8], [9, V + 3, 10, 11, 0, 0]])
     targets = torch.full_like(ids, -100)
     targets[0, 4:], targets[1, 1:4] = ids[0, 4:], ids[1, 1:4]
-    heard, lengths = mel(16)[None], torch.tensor([16])
-    full, none = model(ids, heard, lengths)
-    logits, each = model(ids, heard, lengths, targets=targets)
+    heard = model.hear(mel(16)[None], torch.tensor([16]))
+    full, none = model(ids, heard)
+    logits, each = model(ids, heard, targets=targets)
     assert none is None and full.shape == (2, 6, V + CODES + 1) and each.shape == (5,)
     want = torch.cat([full[0, 3:5], full[1, 0:3]])
     torch.testing.assert_close(logits, want)
