@@ -292,33 +292,32 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
     args.labels = [w.strip() for w in args.labels.split(",")]
-    if wrong := next(objections(args), None):
+    if wrong := objection(args):
         p.error(wrong)
     args.labels = [w for w in echat.ASKED if w in args.labels]
     return args
 
 
-def objections(args: argparse.Namespace):
-    """What is wrong with the arguments, a line each."""
+def objection(args: argparse.Namespace) -> str | None:
+    """The first thing that is wrong with the arguments."""
     heard, several = args.task not in ("t2t", "tts"), len(args.wavs) > 1
     folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
     home = os.path.dirname(args.out or "") or "."
-    for label in set(args.labels) - set(echat.ASKED):
-        yield f"--labels: {label!r} is not among {', '.join(echat.ASKED)}"
-    for wrong, told in (
-            (not heard and (not args.text.strip() or args.wavs),
-             f"--task {args.task} takes --text and no wav"),
-            (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
-            (heard and not args.wavs and not args.interactive, "a wav is needed"),
-            (args.out and several and not folder, "--out must be a folder for several wavs"),
-            (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
-            (min(args.max_tokens, args.steps) < 1 or abs(args.seed) >= 2**63,
-             "--max-tokens, --steps, --seed: out of range"),
-            (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
-             or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
-             "--temperature, --top-k, --top-p: out of range")):
-        if wrong:
-            yield told
+    odd = [repr(label) for label in args.labels if label not in echat.ASKED]
+    checks = (
+        (odd, f"--labels: {', '.join(odd)} is not among {', '.join(echat.ASKED)}"),
+        (not heard and (not args.text.strip() or args.wavs),
+         f"--task {args.task} takes --text and no wav"),
+        (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
+        (heard and not args.wavs and not args.interactive, "a wav is needed"),
+        (args.out and several and not folder, "--out must be a folder for several wavs"),
+        (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
+        (min(args.max_tokens, args.steps) < 1 or abs(args.seed) >= 2**63,
+         "--max-tokens, --steps, --seed: out of range"),
+        (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
+         or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
+         "--temperature, --top-k, --top-p: out of range"))
+    return next((told for wrong, told in checks if wrong), None)
 
 
 def groups(args: argparse.Namespace):
