@@ -47,7 +47,9 @@ THINK, THINK_END = "<think>", "<think end>"
 # ---- Prompts. The words are protocol: the released code's (App. B.2 prints other wording), and an
 # English think for models of our own. A think in either language is read.
 with open(os.path.join(os.path.dirname(__file__), "assets/protocol.json"), encoding="utf-8") as f:
-    SYSTEM, TEMPLATE = json.load(f).values()
+    PROTOCOL = json.load(f)
+SYSTEM = PROTOCOL["system"]
+TEMPLATE = PROTOCOL["think"]
 USER = "<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
