@@ -56,11 +56,10 @@ ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
            history=()) -> list[int]:
-    """Ids of everything before the answer, the same in training and in generation. `text`: the
-    user prompt of understanding, the question of t2t, the words of tts. `n_audio`: adapter frames
-    of the user's speech, left as AUDIO slots. `history`: earlier turns as (n_audio, reply text,
-    reply codes), laid out as the released training code does it (the speech unwrapped,
-    `<|im_end|>` twice). Sequences: facts 3.4 of the released code."""
+    """Ids of everything before the answer. `text`: the user prompt of understanding, the question
+    of t2t, the words of tts. `n_audio`: adapter frames of the user's speech, left as AUDIO slots.
+    `history`: earlier turns as (n_audio, reply text, reply codes), laid out as the released
+    training code does it (the speech unwrapped, `<|im_end|>` twice)."""
     speech = cfg.vocab  # virtual id of speech code 0
     ids = tok.fixed(f"<|im_start|>system\n{SYSTEM[task]}<|im_end|>\n{USER}")
     for frames, reply, reply_codes in history:
@@ -111,9 +110,8 @@ def read_think(think: str) -> dict:
 
 
 def think_length(ids: list[int], tok) -> int:
-    """How many leading ids belong to the think: up to the token that completes `<think end>`; 0
-    if there is none. The closing `>` may merge with what follows (`><`), so the marker is sought
-    in the decoded text, not among the ids (trap of the released code)."""
+    """How many leading ids belong to the think, 0 if it has no `<think end>`: sought in the text,
+    not the ids, as its `>` may merge with what follows (`><`; trap of the released code)."""
     seen = b""
     for i, token in enumerate(ids):
         seen += tok.bytes_of(token)
@@ -292,7 +290,6 @@ class EChat(nn.Module):
 
     def ctc(self, speech: Tensor, lengths: Tensor, words: list[Tensor], blank: int) -> Tensor:
         """CTC of the text ids `words` on adapter output (B, S, D), read off by the text table.
-
         Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
         what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
         the row of the blank is short, as nothing else trains it, and could never win by a product.
@@ -512,9 +509,8 @@ PART = 128 << 20  # bytes
 
 
 def fill(module: nn.Module, read, source: str) -> None:
-    """fit() of the weights that read() maps, anew for every part of them: what was copied is given
-    back, so nothing large is held twice. A layer stays whole: some of its weights are joined on
-    the way in (decoder.fuse)."""
+    """fit() of what read() maps, anew for every part: nothing large is held twice. A layer stays
+    whole: some of its weights are joined on the way in (decoder.fuse)."""
     check(module, read(), source)
     layers = {}
     for name in module.state_dict():
@@ -589,9 +585,8 @@ def numbered(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
-    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> the
-    paper's preset at the size of these weights (only widths of heads are taken as known), and the
-    weights by our names."""
+    """A released .pt, or what DeepSpeed saved in training -> the paper's preset at the size of
+    these weights (only widths of heads are taken as known), and the weights by our names."""
     weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
         to_adapter, heard = key.startswith(TO_ADAPTER), key.startswith("encoder.")
