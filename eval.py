@@ -98,13 +98,14 @@ def scored(marks, seed: int) -> dict[str, dict]:
 
 def score_table(columns: dict[str, dict]) -> str:
     """What scored() gives as aligned text: per cent, but for the MOS."""
-    def cell(n: int = 0, score=(None,), scale: int = 100) -> str:
-        return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f}) of {}".format(
-            *(scale * v for v in score), n)
-    names = sorted({name for scores in columns.values() for name in scores})
-    return table([["", *columns], *(
-        [name, *(cell(**s.get(name, {}), scale=1 if name == "MOS" else 100)
-                 for s in columns.values())] for name in names)])
+    def cell(name: str, got: dict | None) -> str:
+        if not got or got["score"][0] is None:
+            return "-"
+        value, low, high = (v * (1 if name == "MOS" else 100) for v in got["score"])
+        return f"{value:.1f} ({low:.1f}-{high:.1f}) of {got['n']}"
+    names = sorted(set().union(*columns.values()))
+    return table([["", *columns], *([name, *(cell(name, s.get(name)) for s in columns.values())]
+                                    for name in names)])
 
 
 def table(rows: list[list]) -> str:
@@ -229,13 +230,12 @@ def griffin_lim(mel: Tensor, cfg) -> Tensor:
     spec = (torch.linalg.pinv(bank) @ power).clamp(min=1e-5)
     for _ in range(50):  # non-negative least squares by multiplicative updates
         spec = spec * (bank.T @ power) / (bank.T @ (bank @ spec)).clamp(min=1e-8)
-    window, n = torch.hann_window(cfg.win), len(mel) * cfg.hop
-    rng = torch.Generator().manual_seed(0)
-    phase = torch.polar(torch.ones(spec.shape), 6.2832 * torch.rand(spec.shape, generator=rng))
+    frames = {"n_fft": cfg.n_fft, "hop_length": cfg.hop, "win_length": cfg.win,
+              "window": torch.hann_window(cfg.win)}
+    phase = 6.2832 * torch.rand(spec.shape, generator=torch.Generator().manual_seed(0))
     for _ in range(61):
-        wave = torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
-        again = torch.stft(wave, cfg.n_fft, cfg.hop, cfg.win, window, return_complex=True)
-        phase = torch.polar(torch.ones(spec.shape), again[:, :spec.shape[1]].angle())
+        wave = torch.istft(torch.polar(spec, phase), **frames, length=len(mel) * cfg.hop)
+        phase = torch.stft(wave, **frames, return_complex=True)[:, :spec.shape[1]].angle()
     return wave
 
 
@@ -392,9 +392,11 @@ def replies(args, rows: list[dict], path: str) -> list[dict]:
 
 def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     """A card for every record that the model and those of --beside answered; with the controls."""
-    systems = {"model": got} | {Path(path).stem: json_lines(path, "key") for path in args.beside}
-    if not all(systems.values()):
-        raise BadInput(f"{' '.join(args.beside)}: no items of another run")
+    systems = {"model": got}
+    for path in args.beside:
+        if not (items := json_lines(path, "key")):
+            raise BadInput(f"{path}: no items of another run")
+        systems[Path(path).stem] = items
     systems = {name: {item["key"]: item for item in items if "error" not in item}
                for name, items in systems.items()}
     rows, cards = [r for r in rows if all(r["key"] in own for own in systems.values())], []
@@ -456,8 +458,9 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     for system, reply, kind, chat in asked:
         got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
         reply["score"] = got.get("score")
-        marks += [(system, "unanswered", "error" in got, 1), (
-            system, kind, got["score"], 1) if "score" in got else (system, got["error"], 1, 1)]
+        marks.append((system, "unanswered", "error" in got, 1))
+        group, value = (kind, got["score"]) if "score" in got else (got["error"], 1)
+        marks.append((system, group, value, 1))
     scores = scored(marks, args.seed)
     return f"{args.judge_model}: (s - 1) * 25; events by keywords\n{score_table(scores)}", scores
 
@@ -638,11 +641,10 @@ def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
 def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question; the machine itself first, for comparison."""
     torch.manual_seed(args.seed)
-    wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), \
-        pick_device(args.device)
+    wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
+    device = pick_device(args.device)
     block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
-    copied, multiplied = np.median(
-        clock(device, block.clone, lambda: square @ square)[:, 1:], axis=1)
+    copied, multiplied = np.median(clock(device, block.clone, lambda: square @ square)[:, 1:], 1)
     out = {"weights": args.preset or args.model, "device": device,
            "copy_GBps": 2 * block.nbytes / copied / 1e9,
            "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9, "threads": torch.get_num_threads()}
