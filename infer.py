@@ -13,7 +13,6 @@ Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything el
 """
 import argparse
 import codecs
-import functools
 import json
 import math
 import os
@@ -21,6 +20,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import model as echat
 from data import BadInput, Tokenizer, read_wave, write_wave
 from encoder import log_mel
-from model import BadCheckpoint, Sampling
+from model import BadCheckpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 AT_ONCE = 8  # wavs
@@ -51,11 +51,18 @@ class Chatbot:
                                 f"{args.model} --whisper FILE --llm DIR {args.model}")
         self.tok, self.voice = Tokenizer(tokenizer or args.model), None
         if args.task in ("s2s", "tts"):
-            self.voice = self.load_voice(token2wav or (None if released else args.model))
-            start_voice = functools.partial(self.voice.start, steps=args.steps)
-            self.start = functools.lru_cache(maxsize=1)(start_voice)  # the prompt is heard once
+            if released and not token2wav:
+                raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
+                                    "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
+            self.voice = echat.load_token2wav(token2wav or args.model, args.voice, self.device)
+            # The prompt of the voice is heard once.
+            self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
         self.model = echat.load_echat(args.model, self.device)
         cfg = self.model.cfg
+        given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
+        given = {k: v for k, v in given.items() if v is not None}
+        for use in ("understand", "text", "speech"):
+            setattr(cfg, use, replace(getattr(cfg, use), **given))
         if self.tok.n_vocab > cfg.decoder.vocab:
             raise BadCheckpoint(f"{tokenizer or args.model}: tokenizer.json has {self.tok.n_vocab} "
                                 f"tokens, the model {cfg.decoder.vocab}")
@@ -66,18 +73,6 @@ class Chatbot:
                                     f"{cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
 
-    def load_voice(self, folder: str | None) -> echat.Token2Wav:
-        """Our token2wav, or the released one if the folder holds its flow.pt."""
-        args = self.args
-        if folder is None:
-            raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
-                                "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
-        if not os.path.exists(os.path.join(folder, "flow.pt")):
-            return echat.load_token2wav(folder, args.voice, self.device)
-        if not args.voice:
-            raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
-        return echat.load_cosyvoice(folder, args.voice, self.device)
-
     def hear(self, path: str) -> torch.Tensor:
         """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
         wave = read_wave(path)
@@ -87,14 +82,6 @@ class Chatbot:
             raise BadInput(f"{path}: silence")
         return log_mel(wave, self.model.cfg.encoder.n_mels)
 
-    def sampling(self) -> dict[str, Sampling]:
-        """The checkpoint's sampling with the flags of the command line on top, for both phases."""
-        given = {k: getattr(self.args, k) for k in ("temperature", "top_k", "top_p")}
-        given, cfg = {k: v for k, v in given.items() if v is not None}, self.model.cfg
-        own = {"text": cfg.understand if self.args.task == "understand" else cfg.text,
-               "speech": cfg.speech}
-        return {phase: replace(how, **given) for phase, how in own.items()}
-
     def answers(self, mels: list, text: str):
         """Tokens of the answers to several questions at once, as EChat.answers yields them."""
         args, think = self.args, self.args.think
@@ -102,13 +89,9 @@ class Chatbot:
             text = echat.user_prompt(args.labels)
         elif think == "natural" and mels[0] is not None and self.model.cfg.language == "en":
             text = echat.NATURAL
-        return self.model.answers(
-            self.tok, args.task, [(mel, text, self.history) for mel in mels], think != "off",
-            args.interleave, seed=args.seed, max_tokens=args.max_tokens, how=self.sampling())
-
-    def tokens(self, mel, text: str):
-        """One answer as (phase, token)."""
-        return (said for _, *said in self.answers([mel], text))
+        return self.model.answers(self.tok, args.task, [(mel, text, self.history) for mel in mels],
+                                  think != "off", args.interleave, seed=args.seed,
+                                  max_tokens=args.max_tokens)
 
     def turns(self, replies: list["Reply"]):
         """Turns at once as events: ("text", piece), ("audio", wave chunk, its number),
@@ -118,9 +101,10 @@ class Chatbot:
         for reply in replies:
             yield from reply.end()
 
-    def turn(self, wav: str | None, text: str):
-        """One turn as events."""
-        return self.turns([Reply(self, wav, text)])
+    def turn(self, wav: str | None, text: str) -> tuple[dict, torch.Tensor | None]:
+        """One turn -> result, wave."""
+        *_, (_, result, wave) = self.turns([Reply(self, wav, text)])
+        return result, wave
 
     def read(self, ids: list[int]) -> dict:
         """Text ids of an answer -> think, transcript, labels, reply text."""
@@ -134,7 +118,7 @@ class Chatbot:
             found |= zip([w for w in self.args.labels if w != "asr"],
                          [None if t == "&&" else t for t in tags[::2]])
             found["transcript"] = words.strip() or None if "asr" in self.args.labels else None
-        if tag := EMOTION.match(text) if self.args.task in ("s2s", "s2t") else None:
+        if self.args.task in ("s2s", "s2t") and (tag := EMOTION.match(text)):
             found["reply_emotion"], text = tag[1], text[tag.end():]
         return {"think": think + end or None, "transcript": found.pop("transcript"),
                 "labels": found, "text": text.strip()}
@@ -145,7 +129,6 @@ class Reply:
     only with --stream: all codes at once are rendered twice as fast."""
 
     def __init__(self, bot: Chatbot, wav: str | None, text: str):
-        """wav: its path, or None. BadInput for what nobody could answer."""
         self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
         self.mel = None if wav is None else bot.hear(wav)  # (T, n_mels)
         self.words, self.codes, self.waves, self.times = [], [], [], {}
@@ -154,7 +137,7 @@ class Reply:
         self.hop = bot.voice.flow.hop_codes if bot.voice and bot.args.stream else math.inf
 
     def note(self, what: str) -> None:
-        self.times.setdefault(what, time.time() - self.begun)
+        self.times.setdefault(what, round(time.time() - self.begun, 3))
 
     def take(self, phase: str, token: int):
         """A token -> the events that it causes."""
@@ -187,17 +170,16 @@ class Reply:
         rate = bot.model.cfg.vocoder.sample_rate
         seconds = 0.0 if wave is None else len(wave) / rate
         self.note("total_s")
-        times = {"load_s": bot.load_s, "first_text_s": None, "first_audio_s": None, **self.times}
-        times["rtf"] = times["total_s"] / seconds if seconds else None
-        answer = bot.read(self.words)
+        answer, times = bot.read(self.words), {
+            "load_s": round(bot.load_s, 3), "first_text_s": None, "first_audio_s": None,
+            **self.times, "rtf": round(self.times["total_s"] / seconds, 3) if seconds else None}
         if task == "tts":
             answer["text"] = answer["text"] or self.asked
         if task in ("s2s", "s2t"):  # what the next turn remembers, as released
             bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
         yield "done", {
             "wav": self.wav, "task": task, **answer, "audio": None, "sample_rate": rate,
-            "seconds": round(seconds, 3), "codes": len(self.codes),
-            "timings": {k: v if v is None else round(v, 3) for k, v in times.items()}}, wave
+            "seconds": round(seconds, 3), "codes": len(self.codes), "timings": times}, wave
 
 
 def pick_device(name: str) -> str:
@@ -223,10 +205,10 @@ def lines_for_people(result: dict) -> str:
         lines = {"transcript": result["transcript"], **result["labels"]}
     if result["audio"]:
         lines["audio"] = f"{result['audio']} ({result['seconds']:.1f} s)"
-    times = result["timings"]
-    spans = {"first text": "first_text_s", "first audio": "first_audio_s", "total": "total_s"}
-    parts = [f"{name} {times[k]:.2f} s" for name, k in spans.items() if times[k] is not None]
-    parts += [f"real-time factor {times['rtf']:.2f}"] if times["rtf"] else []
+    parts = [f"{k[:-2].replace('_', ' ')} {seconds:.2f} s" for k, seconds in
+             result["timings"].items() if k not in ("load_s", "rtf") and seconds is not None]
+    if rtf := result["timings"]["rtf"]:
+        parts.append(f"real-time factor {rtf:.2f}")
     return "\n".join([*(f"{k}: {v}" for k, v in lines.items() if v), ", ".join(parts)])
 
 
@@ -236,31 +218,27 @@ def put(args: argparse.Namespace, what: dict | str) -> None:
     print(line, file=sys.stderr if args.out == "-" else sys.stdout, flush=True)
 
 
-def tell(error) -> int:  # 1, to count them
-    print(f"infer.py: {error}", file=sys.stderr)
-    return 1
+def attempt(work, *given):
+    """What work gives; where the input is bad, a line on stderr and None."""
+    try:
+        return work(*given)
+    except BadInput as e:
+        print(f"infer.py: {e}", file=sys.stderr)
 
 
 def play(bot: Chatbot, wavs: list[str | None]) -> bool:
     """Run one turn, or several at once, and write what the flags ask for. False: some failed."""
-    replies, bad = [], 0
-    for wav in wavs:
-        try:
-            replies.append(Reply(bot, wav, bot.args.text))
-        except BadInput as e:
-            bad += tell(e)
+    replies, written = [attempt(Reply, bot, wav, bot.args.text) for wav in wavs], 0
+    replies = [reply for reply in replies if reply]
     with tqdm(desc=os.path.basename(wavs[0] or bot.args.task), unit=" tokens", leave=False,
               disable=not sys.stderr.isatty()) as bar:
         for event, *what in bot.turns(replies) if replies else ():
             bar.update()
             if event == "done":
-                try:
-                    finish(bot.args, *what)
-                except BadInput as e:
-                    bad += tell(e)
+                written += bool(attempt(finish, bot.args, *what))
             elif bot.args.stream:
                 stream(bot, wavs[0], event, *what)
-    return not bad
+    return written == len(wavs)
 
 
 def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> None:
@@ -277,14 +255,14 @@ def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> 
         put(args, told)
 
 
-def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> None:
+def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> bool:
     """A whole reply: the wav, and JSON or lines for people."""
     if wave is not None and args.out != "-":
-        path = reply_path(result["wav"], args.out)
-        write_wave(path, wave, result["sample_rate"])
-        result["audio"] = path
+        result["audio"] = reply_path(result["wav"], args.out)
+        write_wave(result["audio"], wave, result["sample_rate"])
     told = {"event": "done", **result} if args.stream else result
     put(args, told if args.json else lines_for_people(result))
+    return True
 
 
 def arguments() -> argparse.Namespace:
@@ -314,33 +292,32 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "npu", "mps"))
     args = p.parse_args()
     args.labels = [w.strip() for w in args.labels.split(",")]
-    if wrong := next(objections(args), None):
+    if wrong := objection(args):
         p.error(wrong)
     args.labels = [w for w in echat.ASKED if w in args.labels]
     return args
 
 
-def objections(args: argparse.Namespace):
-    """What is wrong with the arguments, a line each."""
+def objection(args: argparse.Namespace) -> str | None:
+    """The first thing that is wrong with the arguments."""
     heard, several = args.task not in ("t2t", "tts"), len(args.wavs) > 1
     folder = args.out and (os.path.isdir(args.out) or args.out.endswith("/"))
     home = os.path.dirname(args.out or "") or "."
-    for label in set(args.labels) - set(echat.ASKED):
-        yield f"--labels: {label!r} is not among {', '.join(echat.ASKED)}"
-    for wrong, told in (
-            (not heard and (not args.text.strip() or args.wavs),
-             f"--task {args.task} takes --text and no wav"),
-            (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
-            (heard and not args.wavs and not args.interactive, "a wav is needed"),
-            (args.out and several and not folder, "--out must be a folder for several wavs"),
-            (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
-            (min(args.max_tokens, args.steps) < 1 or abs(args.seed) >= 2**63,
-             "--max-tokens, --steps, --seed: out of range"),
-            (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
-             or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
-             "--temperature, --top-k, --top-p: out of range")):
-        if wrong:
-            yield told
+    odd = [repr(label) for label in args.labels if label not in echat.ASKED]
+    checks = (
+        (odd, f"--labels: {', '.join(odd)} is not among {', '.join(echat.ASKED)}"),
+        (not heard and (not args.text.strip() or args.wavs),
+         f"--task {args.task} takes --text and no wav"),
+        (not heard and args.interactive, f"--interactive reads wavs, --task {args.task} none"),
+        (heard and not args.wavs and not args.interactive, "a wav is needed"),
+        (args.out and several and not folder, "--out must be a folder for several wavs"),
+        (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
+        (min(args.max_tokens, args.steps) < 1 or abs(args.seed) >= 2**63,
+         "--max-tokens, --steps, --seed: out of range"),
+        (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
+         or not 0 < (1 if args.top_p is None else args.top_p) <= 1,
+         "--temperature, --top-k, --top-p: out of range"))
+    return next((told for wrong, told in checks if wrong), None)
 
 
 def groups(args: argparse.Namespace):
@@ -370,7 +347,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (BadInput, BadCheckpoint, OSError) as e:
-        tell(f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e)
+        told = f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e
+        print(f"infer.py: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(1)

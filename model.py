@@ -1,8 +1,7 @@
 """EChat: the whole model. Paper sections Architecture and App. B.2.
 
-Puts encoder, adapter and decoder together; holds the prompt of every task (one function, used by
-training and by generation alike), the generators of every task with the 6:18 state machine, the
-presets; reading and writing of a checkpoint folder; and reading of the released files.
+Encoder, adapter and decoder together; the prompt of every task, for training and generation alike;
+the generators with the 6:18 state machine; presets; checkpoint folders and the released files.
 
     python model.py RUN OUT                              # what inference needs of a run, in fp16
     python model.py small --whisper FILE --llm DIR OUT   # published parts -> a checkpoint to train
@@ -13,8 +12,7 @@ One sequence of ids says everything the decoder reads:
                     codes+1 / codes+2 = open/close of the user's audio (input only)
     AUDIO (-1)      a slot filled by one frame of the adapter's output (12.5 Hz)
 
-Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text
-vocabulary.
+Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D width, V text ids.
 """
 import argparse
 import json
@@ -46,59 +44,28 @@ AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
 THINK, THINK_END = "<think>", "<think end>"
 
-# ---- Prompts. Protocol of the released code, word for word (paper App. B.2 prints other wording).
-
-_YOU = "You are OSUM-chat, {} by ASLP Lab. "
-_BOTH = "You understand both the meaning and paralinguistic cues in speech"
-SYSTEM = {
-    "s2s": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
-    + " then respond with appropriate text and emotionally matching synthetic speech.",
-    "s2s_think": _YOU.format("a speech-to-speech dialogue assistant") + _BOTH
-    + ". Before responding, first output your reasoning inside <think>...</think end>, analyzing"
-    " the user\u2019s words and vocal cues. Then generate a reply with appropriate text and"
-    " emotionally matched synthetic speech.",
-    "s2s_stream": _YOU.format("a speech-to-speech dialogue assistant")
-    + "You analyze speech (content + paralinguistic cues) and respond with interleaved text and"
-    " emotionally-matched synthetic speech.",
-    "s2s_stream_think": _YOU.format("a speech-to-speech dialogue assistant")
-    + "You analyze speech (both content and paralinguistic cues). Before responding, output your"
-    " reasoning in <think>...</think end>. Then reply with interleaved text and emotionally"
-    " matched synthetic speech.",
-    "s2t": _YOU.format("a speech-to-text dialogue assistant") + _BOTH
-    + " then respond exclusively with appropriate text.",
-    "s2t_think": _YOU.format("a thinking-enabled speech-to-text dialogue assistant")
-    + "You not only comprehend the semantic meaning and paralinguistic cues in speech but also"
-    " engage in deliberate reasoning to process such information. Based on this thinking process,"
-    " you then respond exclusively with appropriate text.",
-    "t2t": _YOU.format("a text-to-text dialogue assistant")
-    + "You understand user input in text then respond exclusively with appropriate text.",
-    "understand": _YOU.format("an audio understanding assistant")
-    + "You can transcribe speech accurately and analyze paralinguistic cues to provide precise"
-    " text responses.",
-    "tts": _YOU.format("a speech synthesis assistant")
-    + "You generate natural and fluent speech from text input.",
-    "tts_stream": _YOU.format("a speech synthesis assistant")
-    + "You generate natural speech from text input and output both audio and the original text in"
-    " interleaved format.",
-}
+# ---- Prompts. The words are protocol: the released code's (App. B.2 prints other wording), and an
+# English think for models of our own. A think in either language is read.
+with open(os.path.join(os.path.dirname(__file__), "assets/protocol.json"), encoding="utf-8") as f:
+    PROTOCOL = json.load(f)
+SYSTEM = PROTOCOL["system"]
+TEMPLATE = PROTOCOL["think"]
 USER = "<|im_start|>user\n"
 ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
            history=()) -> list[int]:
-    """Ids of everything before the answer, the same in training and in generation. `text`: the
-    user prompt of understanding, the question of t2t, the words of tts. `n_audio`: adapter frames
-    of the user's speech, left as AUDIO slots. `history`: earlier turns as (n_audio, reply text,
-    reply codes), laid out as the released training code does it (the speech unwrapped,
-    `<|im_end|>` twice). Sequences: facts 3.4 of the released code."""
+    """Ids of everything before the answer. `text`: the user prompt of understanding, the question
+    of t2t, the words of tts. `n_audio`: adapter frames of the user's speech, left as AUDIO slots.
+    `history`: earlier turns as (n_audio, reply text, reply codes), laid out as the released
+    training code does it (the speech unwrapped, `<|im_end|>` twice)."""
     speech = cfg.vocab  # virtual id of speech code 0
     ids = tok.fixed(f"<|im_start|>system\n{SYSTEM[task]}<|im_end|>\n{USER}")
     for frames, reply, reply_codes in history:
         ids = ids + [AUDIO] * frames + tok.fixed(f"<|im_end|>\n{ASSISTANT}") + tok.encode(reply)
         ids = ids + [speech + c for c in reply_codes] + tok.fixed(f"<|im_end|>\n{USER}")
-    if text:
-        ids = ids + tok.encode(text)
+    ids = ids + tok.encode(text)
     if n_audio:
         ids = ids + [speech + cfg.codes + 1] + [AUDIO] * n_audio + [speech + cfg.codes + 2]
     ids = ids + tok.fixed(ASSISTANT)
@@ -120,18 +87,8 @@ def user_prompt(wanted: list[str]) -> str:
     return "Transcribe the speech" + (f", then tell the {', '.join(labels)}." if labels else ".")
 
 
-# The label think. Chinese as released (`tag_think`), English for models of our own; both are read.
-LABELS = ("age", "gender", "emotion", "event", "reply_emotion")
+LABELS = ("age", "gender", "emotion", "event", "reply_emotion")  # of the label think
 UNKNOWN = "<&&>"
-TEMPLATE = {
-    "en": "The user said: {text} Age: {age}, gender: {gender}, emotion: {emotion},"
-    " sound event: {event}, reply emotion: {reply_emotion}",
-    "zh": "\u7528\u6237\u8bf4\u7684\u8bdd\u662f:{text},\u5e74\u9f84\u4e3a:{age},\u6027\u522b\u4e3a:"
-    "{gender},\u60c5\u611f\u4e3a:{emotion},\u58f0\u97f3\u4e8b\u4ef6\u4e3a:{event},\u63a8\u6d4b"
-    "\u4f7f\u7528\u7684\u56de\u590d\u60c5\u611f\u4e3a:{reply_emotion},\u6211\u5e94\u8be5\u7efc\u5408"
-    "\u7528\u6237\u7684\u8bed\u4e49\u548c\u526f\u8bed\u8a00\u4fe1\u606f\u7ed9\u51fa\u4e13\u4e1a\u4e14"
-    "\u5bf9\u5e94\u7684\u56de\u7b54",
-}
 
 
 def label_think(language: str, text: str, labels: dict) -> str:
@@ -153,9 +110,8 @@ def read_think(think: str) -> dict:
 
 
 def think_length(ids: list[int], tok) -> int:
-    """How many leading ids belong to the think: up to the token that completes `<think end>`; 0
-    if there is none. The closing `>` may merge with what follows (`><`), so the marker is sought
-    in the decoded text, not among the ids (trap of the released code)."""
+    """How many leading ids belong to the think, 0 if it has no `<think end>`: sought in the text,
+    not the ids, as its `>` may merge with what follows (`><`; trap of the released code)."""
     seen = b""
     for i, token in enumerate(ids):
         seen += tok.bytes_of(token)
@@ -192,16 +148,13 @@ class Config:
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config(adapter=AdapterConfig(384, 320, 4, 4, ffn=512),
-                  s3=TokenizerConfig(positions=False))
+    return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False))
 
 
 def small() -> Config:
     """Whisper base + Qwen2.5-0.5B."""
     return Config(
-        name="small",
-        encoder=EncoderConfig(80, 512, 8, 6),
-        adapter=AdapterConfig(d_in=512, d_out=896, n_heads=4, n_layers=4, ffn=1280),
+        "small", encoder=EncoderConfig(80, 512, 8, 6), adapter=AdapterConfig(512, 896, 4, 4, 1280),
         decoder=DecoderConfig(vocab=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2,
                               head_dim=64, ffn=4864, codes=4096),
         s3=TokenizerConfig(d_model=512, n_heads=8, n_layers=3, tail_layers=3, codes=4096),
@@ -211,16 +164,13 @@ def small() -> Config:
 def paper() -> Config:
     """Whisper medium + Qwen2.5-3B, 3,458.8 M parameters, with the released sampling."""
     return Config(
-        name="paper", language="zh",
-        encoder=EncoderConfig(80, 1024, 16, 24),
-        adapter=AdapterConfig(d_in=1024, d_out=2048, n_heads=4, n_layers=4, ffn=2560),
-        decoder=DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2,
-                              head_dim=128, ffn=11008, codes=4096),
-        s3=TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2,
-                           pool=1, codes=4096),
-        flow=FlowConfig(codes=4096),
-        understand=Sampling(1.0, 5, 0.9, 1.05), text=Sampling(1.2, 10, 0.9),
-        speech=Sampling(1.2, 10, 0.9))
+        "paper", "zh", EncoderConfig(80, 1024, 16, 24), AdapterConfig(1024, 2048, 4, 4, 2560),
+        DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2, head_dim=128,
+                      ffn=11008, codes=4096),
+        TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2, pool=1,
+                        codes=4096),
+        FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
+        text=Sampling(1.2, 10, 0.9), speech=Sampling(1.2, 10, 0.9))
 
 
 PRESETS = {"mini": mini, "small": small, "paper": paper}
@@ -319,17 +269,12 @@ class EChat(nn.Module):
         real = torch.arange(speech.shape[1], device=ids.device) < lengths[:, None]  # (N, S)
         return x.masked_scatter((ids == AUDIO)[..., None], speech[real].to(x.dtype))
 
-    def forward(self, ids: Tensor, mel: Tensor | None = None, mel_lengths: Tensor | None = None,
-                attend: Tensor | None = None, targets: Tensor | None = None,
-                heard: tuple[Tensor, Tensor] | None = None):
-        """ids (B, L) -> joint logits over text and speech (B, L, V+codes+1), None. With targets
+    def forward(self, ids: Tensor, heard: tuple[Tensor, Tensor] | None = None,
+                attend: Tensor | None = None, targets: Tensor | None = None):
+        """ids (B, L), what hear() made of their audio -> joint logits over text and speech
+        (B, L, V+codes+1), None. `attend` (B, L) False masks a key (unknown labels). With targets
         (B, L), -100 = no loss: logits only where there is a target, in row order (N, V+codes+1),
-        and the cross-entropy of each (N,).
-
-        The user's audio: mel (B, T, n_mels) with mel_lengths, or `heard`, what hear() made of it.
-        `attend` (B, L) False masks a key (unknown labels)."""
-        if mel is not None:
-            heard = self.hear(mel, mel_lengths)
+        and the cross-entropy of each (N,)."""
         x = self.embed(ids, *(heard or (None, None)))
         if targets is None:
             return self.decoder.logits(self.decoder(x, mask=attend), "joint"), None
@@ -345,7 +290,6 @@ class EChat(nn.Module):
 
     def ctc(self, speech: Tensor, lengths: Tensor, words: list[Tensor], blank: int) -> Tensor:
         """CTC of the text ids `words` on adapter output (B, S, D), read off by the text table.
-
         Not in the paper, whose LLM knows language: it draws each frame towards the embedding of
         what is said in it, so that a decoder of our own learns to listen in minutes. By cosine:
         the row of the blank is short, as nothing else trains it, and could never win by a product.
@@ -431,11 +375,6 @@ class EChat(nn.Module):
         """generate_all() after one prompt, as (phase, token)."""
         return (said[1:] for said in self.generate_all([ids], tok, *how, **options))
 
-    def answer(self, tok, task: str, mel: Tensor | None = None, text: str = "", history=(),
-               **options):
-        """answers() to one question, as (phase, token)."""
-        return (said[1:] for said in self.answers(tok, task, [(mel, text, history)], **options))
-
 
 class Token2Wav(nn.Module):
     """Flow and vocoder with the voice they speak in: codes -> wave (ours 24 kHz)."""
@@ -478,7 +417,7 @@ def config_from_dict(data: dict, cls=Config):
     own, out = cls(), {}
     for key, value in data.items():
         if not hasattr(own, key):
-            raise BadCheckpoint(f"config: unknown key {key!r} for {cls.__name__}")
+            raise ValueError(f"unknown key {key!r} for {cls.__name__}")
         if is_dataclass(default := getattr(own, key)):
             value = config_from_dict(value, type(default))
         elif isinstance(value, list):
@@ -489,11 +428,8 @@ def config_from_dict(data: dict, cls=Config):
 
 def load_config(folder: str) -> Config:
     path = os.path.join(folder, "config.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            return config_from_dict(json.load(f))
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{folder}: no readable config.json ({e})") from None
+    with expecting("the config of a checkpoint", path), open(path, encoding="utf-8") as f:
+        return config_from_dict(json.load(f))
 
 
 MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a GGUF file",
@@ -501,19 +437,20 @@ MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a 
 
 
 def found(path: str, error: Exception) -> str:
-    """What a file that could not be read is, in a few words."""
+    """What a file that could not be used is, in a few words."""
+    text = f"missing {error}" if isinstance(error, KeyError) else str(error)
+    if code := re.search(r"Unsupported (?:\w+: GLOBAL|global: GLOBAL) (\S+)", text):
+        return f"pickled code, {code[1]}, which is never run"
     if isinstance(error, FileNotFoundError):
         return "no such file"
-    if os.path.isdir(path):
-        return "a folder"
-    if code := re.search(r"Unsupported \w+: GLOBAL (\S+)|Unsupported global: GLOBAL (\S+)",
-                         str(error)):
-        return f"pickled code, {code[1] or code[2]}, which is never run"
-    with open(path, "rb") as f:
-        head = f.read(100)
-    kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
-        (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
-    return f"{kind} of {os.path.getsize(path):,} bytes ({str(error)[:150].partition(chr(10))[0]})"
+    kind = "a folder"
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            head = f.read(100)
+        kind = "safetensors" if head[8:9] == b"{" else "an empty file" if not head else next(
+            (kind for magic, kind in MAGIC.items() if head.lstrip().startswith(magic)), "a file")
+        kind += f" of {os.path.getsize(path):,} bytes"
+    return f"{kind} ({text[:250].partition(chr(10))[0]})"
 
 
 @contextmanager
@@ -523,12 +460,9 @@ def expecting(what: str, path: str):
         yield
     except BadCheckpoint:
         raise
-    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError) as e:
+    except (OSError, SafetensorError, RuntimeError, UnpicklingError, EOFError, KeyError, ValueError,
+            TypeError, AttributeError) as e:
         raise BadCheckpoint(f"{path}: expected {what}, found {found(path, e)}") from None
-    except KeyError as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {e}: missing") from None
-    except (ValueError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{path}: expected {what}; {str(e).partition(chr(10))[0]}") from None
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -575,12 +509,11 @@ PART = 128 << 20  # bytes
 
 
 def fill(module: nn.Module, read, source: str) -> None:
-    """fit() of the weights that read() maps, anew for every part of them: what was copied is given
-    back, so nothing large is held twice. A layer stays whole: some of its weights are joined on
-    the way in (decoder.fuse)."""
+    """fit() of what read() maps, anew for every part: nothing large is held twice. A layer stays
+    whole: some of its weights are joined on the way in (decoder.fuse)."""
     check(module, read(), source)
     layers = {}
-    for name in read():
+    for name in module.state_dict():
         layers.setdefault(re.match(r"(.*?\.\d+\.)?", name)[0], []).append(name)
     todo = list(layers.values())
     while todo:
@@ -608,6 +541,15 @@ def save_config(folder: str, cfg: Config) -> None:
     os.replace(path + ".tmp", path)
 
 
+def restored(make, path: str, device, dtype: torch.dtype | None = None, read=read_weights):
+    """The module that make() makes, with the weights that read(path) maps, in eval mode."""
+    with Hollow():
+        model = make()
+    model = model.to("meta", dtype).to_empty(device=device)
+    fill(model, lambda: read(path), path)
+    return model.eval()
+
+
 def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
     dtype: float32 where not given, or what the released file holds."""
@@ -615,15 +557,9 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
         cfg, weights = read_osum(file)
         dtype = dtype or weights["decoder.speech_head.weight"].dtype
         del weights  # or its map would stay, and what is copied be there twice
-        read = lambda: read_osum(file)[1]
-    else:
-        file = os.path.join(path, "model.safetensors")
-        cfg, read = load_config(path), lambda: read_weights(file)
-    with Hollow():
-        model = EChat(cfg)
-    model = model.to("meta", dtype).to_empty(device=device)
-    fill(model, read, file)
-    return model.eval()
+        return restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
+    cfg = load_config(path)
+    return restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
 
 
 # The released OSUM-EChat: one flat dict of the training code's names
@@ -649,14 +585,12 @@ def numbered(state: dict[str, Tensor], prefix: str) -> int:
 
 
 def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
-    """language_think_final.pt, tag_think_final.pt, or what DeepSpeed saved in training -> the
-    paper's preset at the size of these weights (only widths of heads are taken as known), and the
-    weights by our names."""
+    """A released .pt, or what DeepSpeed saved in training -> the paper's preset at the size of
+    these weights (only widths of heads are taken as known), and the weights by our names."""
     weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
-        part = "encoder" if key.startswith("encoder.") else \
-            "adapter" if key.startswith(TO_ADAPTER) else "decoder"
-        own[part][key] = value
+        to_adapter, heard = key.startswith(TO_ADAPTER), key.startswith("encoder.")
+        own["adapter" if to_adapter else "encoder" if heard else "decoder"][key] = value
     for key in ("encoder.embed.conv.0.weight", "speech_llama_proj.weight", "speech_head.weight"):
         if key not in weights:
             raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
@@ -690,28 +624,24 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
     return voice
 
 
-def restored(make, path: str, device) -> nn.Module:
-    """The module that make() makes, with the weights at `path`, in eval mode."""
-    with Hollow():
-        model = make()
-    fit(model, read_weights(path), path)
-    return model.to(device).eval()
-
-
 def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token2Wav:
-    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`."""
+    """Flow and vocoder of a checkpoint folder, speaking in its voice or in the file `voice`; or, if
+    the folder has a flow.pt, those of the released CosyVoice."""
+    if os.path.exists(os.path.join(folder, "flow.pt")):
+        return load_cosyvoice(folder, voice, device)
     cfg = load_config(folder)
     voice = load_voice(voice or os.path.join(folder, "voice.safetensors"), cfg.flow)
     return restored(lambda: Token2Wav(cfg, voice), os.path.join(folder, "token2wav.safetensors"),
                     device)
 
 
-def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
+def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
     """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file; or of
     CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
-    cfg = paper()
+    if not voice:
+        raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
+    cfg, path = paper(), os.path.join(folder, "flow.pt")
     cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
-    flow, wave = os.path.join(folder, "flow.pt"), os.path.join(folder, "hift.pt")
     try:
         heard = load_voice(voice, cfg.flow)
     except BadCheckpoint:
@@ -719,10 +649,11 @@ def load_cosyvoice(folder: str, voice: str, device="cpu") -> Token2Wav:
         heard = load_voice(voice, cfg.flow)
     with Hollow():
         model = Token2Wav(cfg, heard)
-    with expecting("the flow of CosyVoice-300M", flow):
-        fit(model.flow, load_cosyvoice1(read_weights(flow)), flow)
-    with expecting("the vocoder of CosyVoice-300M", wave):
-        model.vocoder = load_hift(wave)
+    with expecting("the flow of CosyVoice-300M", path):
+        fit(model.flow, load_cosyvoice1(read_weights(path)), path)
+    path = os.path.join(folder, "hift.pt")
+    with expecting("the vocoder of CosyVoice-300M", path):
+        model.vocoder = load_hift(path)
     return model.to(device, torch.float32).eval()
 
 

@@ -519,7 +519,8 @@ def test_pseudo_labels(tmp_path, wav, checkpoint, monkeypatch, capsys):
     for name in sure:  # by the slow way: the probability of each answer, one forward each
         ask = prompt("understand", tok, model.cfg.decoder, 7, user_prompt([name]))
         ends = [[*tok.encode(f"<{v}>"), tok.im_end] for v in data.LABELS[name]]
-        each = torch.stack([-model(torch.tensor([ask + end]), mel[None], torch.tensor([len(mel)]),
+        heard = model.hear(mel[None], torch.tensor([len(mel)]))
+        each = torch.stack([-model(torch.tensor([ask + end]), heard,
                                    targets=torch.tensor([[-100] * len(ask) + end]))[1].sum()
                             for end in ends]).softmax(0)
         assert sure[name] == pytest.approx(each.max().item(), abs=1e-3)

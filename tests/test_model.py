@@ -33,6 +33,11 @@ def model():
     return lively(EChat(tiny_config()), 0.3).requires_grad_(False)
 
 
+def answer(model, tok, task: str, mel=None, text: str = "", history=(), **options):
+    """The answer to one question, as (phase, token)."""
+    return (said[1:] for said in model.answers(tok, task, [(mel, text, history)], **options))
+
+
 def mel(frames: int, seed: int = 0):
     return torch.randn(frames, 80, generator=torch.Generator().manual_seed(seed))
 
@@ -265,7 +270,7 @@ def test_same_seed_same_tokens(model, tok):
     hot = {"text": Sampling(1.5, 50, 0.95), "speech": Sampling(1.5)}
 
     def say(seed):
-        return list(model.answer(tok, "s2s", mel(40), interleave=True, think=False, how=hot,
+        return list(answer(model, tok, "s2s", mel(40), interleave=True, think=False, how=hot,
                                  seed=seed, max_tokens=50))
     assert say(1) == say(1) != say(2)
 
@@ -284,21 +289,21 @@ def test_a_row_of_a_batch_is_what_it_is_alone(model, tok, task, interleave):
     for i, *said in model.answers(tok, task, asked, **options):
         rows[i].append(tuple(said))
     for row, (heard, text, history) in zip(rows, asked):
-        assert row == list(model.answer(tok, task, heard, text, history, **options))
+        assert row == list(answer(model, tok, task, heard, text, history, **options))
     assert len({len(row) for row in rows}) > 1
 
 
 def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
     """Both phases, with a history: prefill and single steps against the training forward."""
     past = [(mel(50, 1), "hello", some_codes(5)), (mel(33, 2), "the user", [])]
-    got = list(model.answer(tok, "s2s", mel(42), think=False, interleave=True, history=past,
+    got = list(answer(model, tok, "s2s", mel(42), think=False, interleave=True, history=past,
                             how=GREEDY, max_tokens=45))
     assert len(got) == 45 and {p for p, _ in got} == {"text", "speech"}
     turns = [(EChat.audio_slots(len(m)), text, codes) for m, text, codes in past]
     ids = prompt("s2s_stream", tok, model.cfg.decoder, EChat.audio_slots(42), history=turns)
     rows = [t if phase == "text" else V + t for phase, t in got]
     mels = data.pad_stack([past[0][0], past[1][0], mel(42)])
-    logits, _ = model(torch.tensor([ids + rows]), mels, torch.tensor([50, 33, 42]))
+    logits, _ = model(torch.tensor([ids + rows]), model.hear(mels, torch.tensor([50, 33, 42])))
     for i, (phase, token) in enumerate(got):
         head = logits[0, len(ids) + i - 1]
         head = head[:V] if phase == "text" else head[V:]
@@ -330,9 +335,9 @@ def test_loss_is_the_joint_cross_entropy_of_the_targets(model):
     ids = torch.tensor([[5, 6, AUDIO, AUDIO, 7, 8], [9, V + 3, 10, 11, 0, 0]])
     targets = torch.full_like(ids, -100)
     targets[0, 4:], targets[1, 1:4] = ids[0, 4:], ids[1, 1:4]
-    heard, lengths = mel(16)[None], torch.tensor([16])
-    full, none = model(ids, heard, lengths)
-    logits, each = model(ids, heard, lengths, targets=targets)
+    heard = model.hear(mel(16)[None], torch.tensor([16]))
+    full, none = model(ids, heard)
+    logits, each = model(ids, heard, targets=targets)
     assert none is None and full.shape == (2, 6, V + CODES + 1) and each.shape == (5,)
     want = torch.cat([full[0, 3:5], full[1, 0:3]])
     torch.testing.assert_close(logits, want)
@@ -828,6 +833,6 @@ def test_generates_as_the_released_code(golden, twin, tok, task):
     heard = None if task in ("tts", "t2t") else g.mels()[0]
     text = {"tts": g.TEXT, "t2t": g.QUESTION}.get(task, "")
     how = {"text": Sampling(repetition=1.05 if task == "s2t" else 1.0), "speech": Sampling()}
-    got = twin.answer(tok, task.split("_")[0], heard, text, think=task.endswith("think"), how=how,
+    got = answer(twin, tok, task.split("_")[0], heard, text, think=task.endswith("think"), how=how,
                       max_tokens=len(want))
     assert [token for _, token in got] == want
