@@ -44,7 +44,8 @@ class SharedPrefix:
 
 def rotation(positions: Tensor, width: int, theta: float, dtype: torch.dtype):
     """cos and signed sin (..., T, 1, E) for `rotate`; angles in float32 whatever the dtype."""
-    rates = theta ** (-torch.arange(0, width, 2, device=positions.device).float() / width)
+    # the formula of Qwen's code: rates rounded in another way differ by 3e-4 in hidden states
+    rates = 1 / theta ** (torch.arange(0, width, 2, device=positions.device).float() / width)
     angles = positions[..., None, None].float() * rates  # (..., T, 1, E/2)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)

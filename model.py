@@ -679,20 +679,24 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     with expecting("the weights of Whisper", whisper):
         state["encoder"] = load_whisper(read_weights(whisper))
         cfg.encoder = encoder_config(state["encoder"])
+        norm = nn.LayerNorm(cfg.encoder.d_model)  # its last
+        norm.load_state_dict({k: state["encoder"][f"ln_post.{k}"] for k in ("weight", "bias")})
     with expecting("a Hugging Face folder of Qwen2 or Qwen2.5", llm):
         sizes, state["decoder"] = decoder.load_qwen2(llm)
     cfg.decoder = DecoderConfig(**sizes, codes=cfg.decoder.codes)
     cfg.adapter.d_in, cfg.adapter.d_out = cfg.encoder.d_model, cfg.decoder.dim
-    state["adapter"] = Adapter(cfg.adapter).state_dict()
+    ears = Adapter(cfg.adapter)
+    ears.start_open(norm)
+    state["adapter"] = ears.state_dict()
     rows = Decoder(DecoderConfig(1, cfg.decoder.dim, 0, codes=cfg.decoder.codes)).state_dict()
     state["decoder"] |= {k: v for k, v in rows.items() if k.startswith("speech_")}
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
     with Hollow():
         check(EChat(cfg), state, f"{whisper}, {llm}")
     save_config(out, cfg)
-    save_weights(os.path.join(out, "model.safetensors"), state)
     with expecting("tokenizer.json", llm):
         shutil.copy(os.path.join(llm, "tokenizer.json"), out)
+    save_weights(os.path.join(out, "model.safetensors"), state)
     print(f"{out}: adapter and speech codes are untrained, so only --task t2t works; train them: "
           f"python train.py --stage align --preset {preset} --init {out} ...", file=sys.stderr)
 

