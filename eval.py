@@ -280,10 +280,11 @@ def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chat
 
 def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor | None]:
     """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
-    wav, ids, seen, bot.history = record.get("wav") or "no wav", [], b"", []
+    wav, span = record.get("wav") or "no wav", (record.get("start", 0.0), record.get("end"))
+    ids, seen, bot.history = [], b"", []
     if bot.voice:
-        return bot.turn(wav, "")
-    mel = features(wav, bot.model.cfg.encoder.n_mels, record.get("start", 0.0), record.get("end"))
+        return bot.turn(wav, "", *span)
+    mel = features(wav, bot.model.cfg.encoder.n_mels, *span)
     for *_, token in bot.answers([mel], ""):
         ids.append(token)
         seen += bot.tok.bytes_of(token)

@@ -73,9 +73,10 @@ class Chatbot:
                                     f"{cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
 
-    def hear(self, path: str) -> torch.Tensor:
-        """wav -> log-mel (T, n_mels); BadInput for what nobody could answer."""
-        wave = read_wave(path)
+    def hear(self, path: str, *span: float) -> torch.Tensor:
+        """wav, all or from second to second -> log-mel (T, n_mels); BadInput for what nobody could
+        answer."""
+        wave = read_wave(path, 16000, *span)
         if len(wave) < SHORTEST * 16000:
             raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
         if (wave - wave.mean()).abs().max() < SILENCE:
@@ -101,9 +102,9 @@ class Chatbot:
         for reply in replies:
             yield from reply.end()
 
-    def turn(self, wav: str | None, text: str) -> tuple[dict, torch.Tensor | None]:
+    def turn(self, wav: str | None, text: str, *span) -> tuple[dict, torch.Tensor | None]:
         """One turn -> result, wave."""
-        *_, (_, result, wave) = self.turns([Reply(self, wav, text)])
+        *_, (_, result, wave) = self.turns([Reply(self, wav, text, *span)])
         return result, wave
 
     def read(self, ids: list[int]) -> dict:
@@ -128,9 +129,9 @@ class Reply:
     """A turn as it is said: its text, its codes, and the audio made of them. Audio comes in pieces
     only with --stream: all codes at once are rendered twice as fast."""
 
-    def __init__(self, bot: Chatbot, wav: str | None, text: str):
+    def __init__(self, bot: Chatbot, wav: str | None, text: str, *span: float):
         self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
-        self.mel = None if wav is None else bot.hear(wav)  # (T, n_mels)
+        self.mel = None if wav is None else bot.hear(wav, *span)  # (T, n_mels)
         self.words, self.codes, self.waves, self.times = [], [], [], {}
         self.state, self.spoken = None, 0
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -330,6 +330,18 @@ def test_echat(world, monkeypatch, capsys, server):
     assert dry["cached"] and dry["requests"] < 5  # those of the broken item
 
 
+@pytest.mark.parametrize("task", ["s2s", "understand"])
+def test_a_record_may_be_part_of_a_wav(world, monkeypatch, task):
+    words = ["eval.py", "qa", "--model", str(world), "--data", "x", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    bot, heard = ev.chatbot(ev.arguments(), task), []
+    monkeypatch.setattr(bot.model, "hear", lambda mel, n: heard.append(int(n[0])) or 1 / 0)
+    for span in ({}, {"start": 0.1, "end": 0.35}):
+        with pytest.raises(ZeroDivisionError):
+            ev.answer(bot, {"wav": str(world / "a.wav")} | span)
+    assert heard == [50, 25]  # frames, 100 a second
+
+
 def test_echat_beside_another_run(world, monkeypatch, capsys, tmp_path):
     item = {"key": "sad", "text": "How sad.", "labels": {"reply_emotion": "SAD"}}
     (tmp_path / "theirs.jsonl").write_text(json.dumps(item) + "\n")
