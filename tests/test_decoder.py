@@ -178,7 +178,7 @@ def test_sizes():
     assert speech == (4099 * 2048, 4097 * 2049)  # 8.39 M each
     assert size(big) - sum(speech) == 3_085_938_688
     assert size(half) - size(half.speech_embed) - size(half.speech_head) == 494_032_768
-    assert size(Decoder(DecoderConfig())) == 9_843_777
+    assert size(Decoder(DecoderConfig())) == 9_516_097
 
 
 def test_state_dict_has_hugging_face_names(model, tmp_path):
