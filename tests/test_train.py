@@ -731,7 +731,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(run, lists, monkeypatch, capsys):
 
 @pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
 def test_orthogonal_steps(shape):
-    """All directions of a gradient, as far as they are above a thousandth, move about alike."""
+    """All directions of a gradient, down to a hundredth of the largest, move about alike."""
     u, _, v = torch.linalg.svd(torch.randn(shape, generator=torch.manual_seed(0)), False)
     sizes = torch.logspace(0, -2, min(shape))
     made = orthogonal(u @ torch.diag(sizes) @ v)
