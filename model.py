@@ -154,7 +154,8 @@ def mini() -> Config:
 def small() -> Config:
     """Whisper base + Qwen2.5-0.5B."""
     return Config(
-        "small", encoder=EncoderConfig(80, 512, 8, 6), adapter=AdapterConfig(512, 896, 4, 4, 1280),
+        name="small", encoder=EncoderConfig(80, 512, 8, 6),
+        adapter=AdapterConfig(d_in=512, d_out=896, n_heads=4, n_layers=4, ffn=1280),
         decoder=DecoderConfig(vocab=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2,
                               head_dim=64, ffn=4864, codes=4096),
         s3=TokenizerConfig(d_model=512, n_heads=8, n_layers=3, tail_layers=3, codes=4096),
@@ -164,12 +165,13 @@ def small() -> Config:
 def paper() -> Config:
     """Whisper medium + Qwen2.5-3B, 3,458.8 M parameters, with the released sampling."""
     return Config(
-        "paper", "zh", EncoderConfig(80, 1024, 16, 24), AdapterConfig(1024, 2048, 4, 4, 2560),
-        DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2, head_dim=128,
-                      ffn=11008, codes=4096),
-        TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2, pool=1,
-                        codes=4096),
-        FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
+        name="paper", language="zh", encoder=EncoderConfig(80, 1024, 16, 24),
+        adapter=AdapterConfig(d_in=1024, d_out=2048, n_heads=4, n_layers=4, ffn=2560),
+        decoder=DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2,
+                              head_dim=128, ffn=11008, codes=4096),
+        s3=TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2,
+                           pool=1, codes=4096),
+        flow=FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
         text=Sampling(1.2, 10, 0.9), speech=Sampling(1.2, 10, 0.9))
 
 
@@ -439,7 +441,7 @@ MAGIC = {b"PK": "a zip", b"\x80": "a pickle", b"<": "an HTML page", b"GGUF": "a 
 def found(path: str, error: Exception) -> str:
     """What a file that could not be used is, in a few words."""
     text = f"missing {error}" if isinstance(error, KeyError) else str(error)
-    if code := re.search(r"Unsupported (?:\w+: GLOBAL|global: GLOBAL) (\S+)", text):
+    if code := re.search(r"[Uu]nsupported (?:\w+: )?GLOBAL (\S+)", text):
         return f"pickled code, {code[1]}, which is never run"
     if isinstance(error, FileNotFoundError):
         return "no such file"

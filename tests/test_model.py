@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import weakref
@@ -679,8 +680,11 @@ def test_a_bad_key_of_a_released_file_is_named(tmp_path, key, value):
 
 
 class Malice:
+    def __init__(self, call=print):
+        self.call = call
+
     def __reduce__(self):
-        return print, ("run!",)
+        return self.call, ("run!",)
 
 
 WRONG = {  # what is written, words of the message
@@ -688,6 +692,7 @@ WRONG = {  # what is written, words of the message
     "b.pt": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git LFS"),
     "c.pt": (lambda p: p.write_bytes(b""), "an empty file"),
     "d.pt": (lambda p: torch.save({"a": Malice()}, p), "pickled code"),
+    "blocked.pt": (lambda p: torch.save({"a": Malice(os.system)}, p), "pickled code"),
     "e.pt": (lambda p: torch.save([1, 2], p), "something else"),
     "f.pt": (lambda p: torch.save({"model.decoder.fc1.bias": torch.ones(2)}, p), "decoder.fc1"),
     "g.pt": (lambda p: (torch.save({"a": torch.ones(99999)}, p), truncate(p)), "a zip of"),
