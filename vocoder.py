@@ -400,8 +400,7 @@ def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
             g = name[:-1] + {"v": "g", "1": "0"}[name[-1]]
             if g not in state:
                 raise ValueError(f"{g}: missing")
-            length = w.flatten(1).norm(dim=1).view(-1, *[1] * (w.dim() - 1))
-            out[base + ".weight"] = w * (state[g] / length)
+            out[base + ".weight"] = torch._weight_norm(w, state[g])  # to the bit as in training
         elif not name.endswith((".weight_g", ".weight.original0")):
             out[name] = w
     return out

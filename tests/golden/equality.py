@@ -30,6 +30,7 @@ import flow
 import originals
 import vocoder
 from data import Tokenizer, read_wave
+from model import encoder_config
 
 WAVS = sorted(glob.glob(str(HERE.parent.parent / "assets" / "examples" / "*.wav")))
 
@@ -130,7 +131,7 @@ def whispers() -> None:
         states[f"random {name}"] = state
     wave = read_wave(WAVS[-1])
     for name, state in states.items():
-        cfg = encoder.EncoderConfig(**encoder.sizes(encoder.rename(state)[0]))
+        cfg = encoder_config(encoder.load_whisper(state))
         for seconds in (len(wave) // 320 / 50, 30):  # originals want an even number of frames
             padded = torch.nn.functional.pad(wave, (0, 480000 - len(wave)))[:round(seconds * 16000)]
             mel = encoder.log_mel(padded, cfg.n_mels)
@@ -258,10 +259,13 @@ def hifigans() -> None:
             config = json.loads((Path(folder) / f"config_v{version}.json").read_text())
             theirs = originals.hifigan(config)
             theirs.load_state_dict(torch.load(path, "cpu", weights_only=True)["generator"])
+            theirs.remove_weight_norm()
             ours = vocoder.load_hifigan(str(path))
             wave = read_wave(WAVS[0], 22050)[:44100]
             mel = vocoder.mel_spectrogram(wave[None], ours.cfg)
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
+            row(f"HiFi-GAN V{version} in float64", name, ours.double()(mel.double()),
+                theirs.double()(mel.double().mT)[:, 0])
 
 
 def tokens() -> None:
