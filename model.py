@@ -24,6 +24,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -472,9 +473,10 @@ def read_weights(path: str) -> dict[str, Tensor]:
     The weights are mapped: what is not used is not read."""
     pickled = path.endswith((".pt", ".pth"))
     with expecting("torch.save's weights" if pickled else "safetensors", path):
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True) if pickled \
-            else load_file(path)
-    for wrapper in ("model_state_dict", "module"):  # openai-whisper's, DeepSpeed's
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)) \
+            if pickled else load_file(path)
+    # openai-whisper's, DeepSpeed's, HiFi-GAN's (whose older files are no zip, so cannot be mapped)
+    for wrapper in ("model_state_dict", "module", "generator"):
         weights = weights.get(wrapper, weights) if isinstance(weights, dict) else {}
     if not weights or not all(isinstance(v, Tensor) for v in weights.values()):
         raise BadCheckpoint(f"{path}: expected weights by name, found something else")
@@ -498,8 +500,12 @@ def check(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     for name in sorted(own.keys() | weights.keys()):
         if name not in own or name not in weights:
             raise BadCheckpoint(f"{source}: {name} {'missing' if name in own else 'unexpected'}")
-        if (was := tuple(weights[name].shape)) != (due := tuple(own[name].shape)):
-            raise BadCheckpoint(f"{source}: {name} is {was}, expected {due}")
+        was, due = weights[name], own[name]
+        if was.shape != due.shape:
+            raise BadCheckpoint(f"{source}: {name} is {tuple(was.shape)}, expected "
+                                f"{tuple(due.shape)}")
+        if was.is_floating_point() != due.is_floating_point():  # quantised, perhaps
+            raise BadCheckpoint(f"{source}: {name} is {was.dtype}, expected {due.dtype}")
 
 
 def fit(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
@@ -609,7 +615,7 @@ def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
         cfg.decoder = DecoderConfig(
             *weights[llm + "embed_tokens.weight"].shape, numbered(weights, llm + "layers."),
             q // width, k // width, width, ffn, codes=len(weights["speech_head.weight"]) - 1)
-        own["decoder"] = decoder.load_osum(own["decoder"], cfg.decoder)
+        own["decoder"] = decoder.load_osum(own["decoder"])
     return cfg, {f"{part}.{k}": v for part, state in own.items() for k, v in state.items()}
 
 
@@ -642,7 +648,7 @@ def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
     CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
     if not voice:
         raise BadCheckpoint(f"{folder}: has no voice; give --voice FILE (python data.py voice)")
-    cfg, path = paper(), os.path.join(folder, "flow.pt")
+    cfg = paper()
     cfg.flow, cfg.vocoder = FlowConfig.cosyvoice1(), hift()
     try:
         heard = load_voice(voice, cfg.flow)
@@ -651,11 +657,10 @@ def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
         heard = load_voice(voice, cfg.flow)
     with Hollow():
         model = Token2Wav(cfg, heard)
-    with expecting("the flow of CosyVoice-300M", path):
-        fit(model.flow, load_cosyvoice1(read_weights(path)), path)
-    path = os.path.join(folder, "hift.pt")
-    with expecting("the vocoder of CosyVoice-300M", path):
-        model.vocoder = load_hift(path)
+    for name, load in (("flow", load_cosyvoice1), ("hift", load_hift)):
+        path = os.path.join(folder, f"{name}.pt")
+        with expecting(f"the {name} of CosyVoice-300M", path):
+            fit(model.flow if name == "flow" else model.vocoder, load(read_weights(path)), path)
     return model.to(device, torch.float32).eval()
 
 

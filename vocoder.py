@@ -16,7 +16,6 @@ al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat s
 
 import math
 from dataclasses import dataclass
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -406,46 +405,21 @@ def fold_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def read_pickled(path: str, what: str) -> dict[str, Tensor]:
-    """The plain weights in a file of torch.save (its code is never run), which may keep them under
-    "generator"; or ValueError: what was expected, what was found."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, UnpicklingError, EOFError) as e:
-        reason = str(e).partition("\n")[0][:150]
-        raise ValueError(f"{path}: expected {what}, found another file ({reason})") from None
-    state = state.get("generator", state) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(w, Tensor) for w in state.values()):
-        raise ValueError(f"{path}: expected {what}, found something else than weights by name")
-    return fold_weights(state)
-
-
-def filled(model: nn.Module, state: dict[str, Tensor], path: str) -> nn.Module:
-    """The model with these weights; ValueError in one line, naming every key that does not fit."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: {' '.join(str(e).split())}") from None
-    return model
-
-
-def load_hifigan(path: str) -> Generator:
-    """A generator file of the original HiFi-GAN (22.05 kHz, V1, V2 or V3, told by its width)."""
-    state = read_pickled(path, "a generator of HiFi-GAN")
+def load_hifigan(state: dict[str, Tensor]) -> Generator:
+    """The generator of the original HiFi-GAN (22.05 kHz, V1, V2 or V3, told by its width)."""
+    state = fold_weights(state)
     width = len(state.get("conv_pre.bias", ()))
     version = {512: 1, 128: 2, 256: 3}.get(width)
     if version is None:
-        raise ValueError(f"{path}: expected a generator of HiFi-GAN with conv_pre.bias of 512, 128 "
-                         f"or 256, found {width or 'none'}")
+        raise ValueError(f"expected a generator of HiFi-GAN with conv_pre.bias of 512, 128 or 256, "
+                         f"found {width or 'none'}")
     generator = Generator(hifigan(version, 22050))
-    return filled(generator, state, path)
+    generator.load_state_dict(state)
+    return generator
 
 
-def load_hift(path: str) -> HiFT:
-    """The released vocoder (hift.pt of CosyVoice-300M): weight norm in either spelling, Snake's
-    alpha as (C,) or (C, 1), names with or without the `generator.` of a GAN run."""
-    state = read_pickled(path, "the HiFT of CosyVoice-300M")
-    state = {k.removeprefix("generator."): v.flatten() if k.endswith(".alpha") else v
-             for k, v in state.items()}
-    model = HiFT(hift())
-    return filled(model, state, path)
+def load_hift(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The released vocoder (hift.pt of CosyVoice-300M) by our names: weight norm in either
+    spelling, Snake's alpha as (C,) or (C, 1), names with or without the `generator.` of a GAN."""
+    return {k.removeprefix("generator."): w.flatten() if k.endswith(".alpha") else w
+            for k, w in fold_weights(state).items()}

@@ -74,9 +74,9 @@ def test_the_released_token2wav_needs_a_voice_and_keeps_its_rate(
     hift = VocoderConfig(22050, hop=256, channels=16, rates=(8, 8), kernels=(16, 16))
     monkeypatch.setattr(echat.FlowConfig, "cosyvoice1", classmethod(lambda cls: flow))
     monkeypatch.setattr(echat, "hift", lambda: hift)
-    monkeypatch.setattr(echat, "load_hift", lambda path: HiFT(hift))
     monkeypatch.setattr(echat, "load_cosyvoice1", lambda state: state)
     torch.save(echat.Flow(flow).state_dict(), tmp_path / "flow.pt")
+    torch.save(HiFT(hift).state_dict(), tmp_path / "hift.pt")
     words = ("--model", file, "--tokenizer", tokenizer_folder, "--task", "tts", "--text", "hello",
              "--token2wav", tmp_path, "--max-tokens", 9, "--json", "--out", tmp_path / "a.wav")
     code, _, err = run(*words)

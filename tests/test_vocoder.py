@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import vocoder
 from vocoder import (HiFT, Discriminator, Generator, StreamState, VocoderConfig,
                      discriminator_loss, feature_loss, fold_weights, generator_loss, harmonics,
                      hifigan, hift, load_hifigan, load_hift, mel_loss, mel_spectrogram)
@@ -219,24 +218,23 @@ def test_discriminator_parameter_counts():
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
 @pytest.mark.parametrize("version", [2, 3])
-def test_original_hifigan_files_load(tmp_path, spelling, version):
+def test_original_hifigan_files_load(spelling, version):
     source = Generator(hifigan(version, 22050)).eval()
-    torch.save({"generator": normed(source.state_dict(), spelling)}, tmp_path / "g.pth.tar")
-    model, mel = load_hifigan(str(tmp_path / "g.pth.tar")), torch.randn(1, 3, 80)
+    model, mel = load_hifigan(normed(source.state_dict(), spelling)), torch.randn(1, 3, 80)
     assert model.cfg.hop == 256 and model.cfg.sample_rate == 22050
     assert torch.allclose(model(mel), source(mel), atol=1e-5)
 
 
 @pytest.mark.parametrize("spelling", ["old", "new"])
-def test_released_hift_files_load(tmp_path, monkeypatch, spelling):
-    monkeypatch.setattr(vocoder, "hift", lambda: HIFT)
+def test_released_hift_files_load(spelling):
     source, mel = HiFT(HIFT).eval(), torch.randn(1, 3, 8)
     state = normed(source.state_dict(), spelling, plain="source_downs")
     if spelling == "old":  # older files also have these
         state = {"generator." + k: v[:, None] if k.endswith("alpha") else v
                  for k, v in state.items()}
-    torch.save(state, tmp_path / "hift.pt")
-    assert torch.allclose(load_hift(str(tmp_path / "hift.pt"))(mel), source(mel), atol=1e-5)
+    model = HiFT(HIFT)
+    model.load_state_dict(load_hift(state))
+    assert torch.allclose(model(mel), source(mel), atol=1e-5)
 
 
 def test_hift_is_exact_in_length_and_a_function_of_its_seed():
@@ -264,12 +262,11 @@ def golden(name):
     return {k: w.float() for k, w in held.items()}
 
 
-def test_hift_is_cosyvoices(tmp_path, monkeypatch):
+def test_hift_is_cosyvoices():
     held = golden("hift")
     mel, source, f0, wave = (held.pop(k) for k in ("mel", "source", "f0", "wave"))
-    monkeypatch.setattr(vocoder, "hift", lambda: HIFT)
-    torch.save(held, tmp_path / "hift.pt")
-    model = load_hift(str(tmp_path / "hift.pt"))
+    model = HiFT(HIFT)
+    model.load_state_dict(load_hift(held))
     mel = mel.mT[:, :, None]
     torch.testing.assert_close(model.f0_predictor(mel), f0, atol=1e-5, rtol=0)
     torch.testing.assert_close(model.filter(mel, source), wave, atol=1e-4, rtol=0)
@@ -285,29 +282,9 @@ def test_hifigan_is_the_original(kind, dilations):
     torch.testing.assert_close(model(held["mel"]), held[f"wave.{kind}"], atol=1e-5, rtol=0)
 
 
-class Code:
-    """Its pickle names this class, which loading must not go looking for."""
-
-
-@pytest.mark.parametrize("load", [load_hifigan, load_hift])
-def test_wrong_files_are_told_in_one_line(tmp_path, load):
-    path, state = str(tmp_path / "file.pt"), Generator(TINY).state_dict()
-    torch.save(state, path)
-    whole = (tmp_path / "file.pt").read_bytes()
-    for content in (b"<!DOCTYPE html><html>", whole[:len(whole) // 2], b""):
-        (tmp_path / "file.pt").write_bytes(content)
-        with pytest.raises(ValueError, match="file.pt: expected .*, found another file") as e:
-            load(path)
-        assert "\n" not in str(e.value)
-    torch.save({"generator": Code()}, path)
-    with pytest.raises(ValueError, match="file.pt: expected .*, found"):
-        load(path)
-    torch.save([1, 2], path)
-    with pytest.raises(ValueError, match="found something else than weights by name"):
-        load(path)
-    torch.save(state, path)
-    with pytest.raises(ValueError, match="found 8|Missing key"):
-        load(path)
+def test_weights_that_do_not_fit_are_told():
+    with pytest.raises(ValueError, match="conv_pre.bias of 512, 128 or 256, found 8"):
+        load_hifigan(Generator(TINY).state_dict())
     with pytest.raises(ValueError, match="weight_g: missing"):
         fold_weights({"conv_pre.weight_v": torch.ones(2, 3, 1)})
 

@@ -231,9 +231,9 @@ def flows() -> None:
 @torch.no_grad()
 def hifts() -> None:
     theirs = originals.hift()
-    with tempfile.TemporaryDirectory() as folder:
-        torch.save({f"generator.{k}": v for k, v in theirs.state_dict().items()}, f"{folder}/h.pt")
-        ours = vocoder.load_hift(f"{folder}/h.pt")
+    ours = vocoder.HiFT(vocoder.hift())
+    ours.load_state_dict(vocoder.load_hift(
+        {f"generator.{k}": v for k, v in theirs.state_dict().items()}))
     mel = torch.randn(1, 100, 80, generator=torch.Generator().manual_seed(0)) * 2 - 5
     pitch = ours.f0_predictor(mel.mT[:, :, None])
     row("F0, CosyVoice", "random", pitch, theirs.f0_predictor(mel.mT))
@@ -260,7 +260,7 @@ def hifigans() -> None:
             theirs = originals.hifigan(config)
             theirs.load_state_dict(torch.load(path, "cpu", weights_only=True)["generator"])
             theirs.remove_weight_norm()
-            ours = vocoder.load_hifigan(str(path))
+            ours = vocoder.load_hifigan(torch.load(path, weights_only=True)["generator"])
             wave = read_wave(WAVS[0], 22050)[:44100]
             mel = vocoder.mel_spectrogram(wave[None], ours.cfg)
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
