@@ -25,7 +25,6 @@ import importlib.util
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -217,10 +216,8 @@ def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | 
     if not np.isfinite(wave).all():
         raise BadInput(f"{name}: holds samples that are not numbers")
     if own_rate != rate:
-        common = math.gcd(own_rate, rate)
-        wave = scipy.signal.resample_poly(wave, rate // common, own_rate // common)
-        wave = wave.astype(np.float32)
-    return torch.from_numpy(np.ascontiguousarray(wave))
+        wave = scipy.signal.resample_poly(wave, rate, own_rate)
+    return torch.from_numpy(wave)
 
 
 def span(samples: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
