@@ -9,6 +9,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
     python data.py tokenizer --text corpus/texts.txt --vocab 1024 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
+    python data.py answer LIST --model RUN --out NEW   # its own replies after a think
     python data.py shards LIST --out DIR         # a list as tars, the released layout
     python data.py voice WAV ... --model assets/mini --out voice.safetensors
     python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
@@ -1377,6 +1378,49 @@ def known_labels(record: dict) -> dict[str, str]:
             if tag[1:-1] in values}
 
 
+def completed(args: argparse.Namespace, work, size: int = 1) -> None:
+    """Write what `work` makes of a list, `size` records at a time: it changes them and tells of
+    each what to count, a list with "written" in it or else the reason why it is left out. All of
+    that lies in OUT.part, where the same command goes on after a stop. Says counts."""
+    home, found, part = os.path.dirname(os.path.abspath(args.out)), Counter(), args.out + ".part"
+    times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
+    stamp = json.dumps([vars(args) | {"batch": 0}, times]).encode() + b"\n"
+    with open(part, "a+b") as f:
+        f.seek(0)
+        if f.readline() != stamp:  # of another model, list or threshold
+            f.truncate(0)
+            f.write(stamp)
+        done = [len(line) for line in f if line.endswith(b"\n")]
+        f.truncate(len(stamp) + sum(done))  # a line that a killed run left half
+        stream = records(args.list, len(done))
+        with tqdm(desc=args.command, initial=len(done), total=round(count(args.list)),
+                  unit=" records") as bar:
+            while chunk := list(itertools.islice(stream, size)):
+                for record, told in zip(chunk, work(chunk)):
+                    rows = [] if isinstance(told, str) else [
+                        moved(record, lambda name: os.path.relpath(name, home))]
+                    told = told if rows else [told]
+                    f.write(json.dumps([told, rows], ensure_ascii=False).encode() + b"\n")
+                f.flush()
+                bar.update(len(chunk))
+        f.seek(len(stamp))
+
+        def kept():
+            for told, rows in map(json.loads, f):
+                found.update(told)
+                yield from rows
+        write_lines(args.out, kept())
+    os.remove(part)
+    print(json.dumps(found))
+
+
+def heard_wave(record: dict, n_mels: int) -> Tensor:
+    """The log-mel (T, n_mels) of a record's audio, or of a turn of its history."""
+    if not record.get("wav"):
+        raise BadInput("no wav")
+    return features(record["wav"], n_mels, record.get("start", 0.0), record.get("end"))
+
+
 def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, float]:
     """The value of a label that the model gives when asked for it alone, and how probable it is
     among all values of that label."""
@@ -1384,8 +1428,8 @@ def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, flo
     from model import prompt, user_prompt
     ask = prompt("understand", tok, model.cfg.decoder, int(heard[1]), user_prompt([name]))
     answers = [torch.tensor([*tok.encode(f"<{v}>"), tok.im_end]) for v in LABELS[name]]
-    ids, cache = pad_stack(answers, -100), SharedPrefix()  # (values, L)
-    first = model.decoder(model.embed(torch.tensor([ask]), *heard), cache=cache)[:, -1:]
+    ids, cache = pad_stack(answers, -100).to(heard[0].device), SharedPrefix()  # (values, L)
+    first = model.decoder(model.embed(ids.new_tensor([ask]), *heard), cache=cache)[:, -1:]
     rest = model.decoder(model.decoder.embed(ids[:, :-1].clamp(min=0)), cache=cache)
     hidden = torch.cat([first.expand(len(ids), -1, -1), rest], 1)  # (values, L, D)
     each = torch.nn.functional.cross_entropy(
@@ -1399,18 +1443,16 @@ def pseudo_label(args: argparse.Namespace) -> None:
     """Stage 1's full-label step: a list in which what a label lacks is what the model hears, or
     `<&&>` if it is less sure than --threshold; extra.confidence tells how sure. Says counts."""
     from model import UNKNOWN, load_echat
-    model, tok, found = load_echat(args.model), Tokenizer(args.model), Counter()
+    model, tok = load_echat(args.model, args.device), Tokenizer(args.model)
 
-    def complete(record: dict) -> None:
+    def complete(record: dict) -> list[str]:
         task, extra, labels = record["task"], record["extra"], known_labels(record)
         if task.startswith("<TEXT2T"):
-            return
-        mel = features(record["wav"], model.cfg.encoder.n_mels, record.get("start", 0.0),
-                       record.get("end"))
-        heard = model.hear(mel[None], torch.tensor([len(mel)]))
+            return ["written"]
+        mel = heard_wave(record, model.cfg.encoder.n_mels)[None].to(args.device)
+        heard = model.hear(mel, torch.tensor([mel.shape[1]], device=args.device))
         sure = {name: guess(model, tok, heard, name) for name in LABELS if name not in labels}
         labels |= {name: value for name, (value, p) in sure.items() if p >= args.threshold}
-        found.update(f"{name} {'kept' if name in labels else 'unsure'}" for name in sure)
         tags = {name: f"<{labels[name]}>" if name in labels else UNKNOWN for name in LABELS}
         extra["confidence"] = {name: round(p, 4) for name, (_, p) in sure.items()}
         if "<S2TCHAT" in task:
@@ -1419,9 +1461,51 @@ def pseudo_label(args: argparse.Namespace) -> None:
             record["txt"] = TAG.split(record["txt"])[0] + "".join(tags.values())
             record["task"] = "<TRANSCRIBE> " * ("<TRANSCRIBE>" in task) \
                 + " ".join(f"<{name.upper()}>" for name in LABELS)
-    stream = tqdm(records(args.list), "labels", unit=" records")
-    write_list(args.out, sifted(stream, complete, found))
-    print(json.dumps(found))
+        return ["written", *(f"{name} {'kept' if name in labels else 'unsure'}" for name in sure)]
+    completed(args, lambda chunk: [attempt(complete, record) for record in chunk])
+
+
+@torch.inference_mode()
+def answer(args: argparse.Namespace) -> None:
+    """Stage 3's self-distillation: a list of dialogues with the replies, text and codes, that a
+    model gives after a think, which is kept in extra.own_think: they are trained without. Says
+    counts."""
+    from model import THINK_END, load_echat
+    model, tok = load_echat(args.model, args.device), Tokenizer(args.model)
+    hear = partial(heard_wave, n_mels=model.cfg.encoder.n_mels)
+
+    def question(record: dict) -> tuple | str:
+        return (hear(record), "", [
+            (hear(turn), turn["txt"], turn.get("speech_token") or [])
+            for turn in record["extra"].get("history", [])]) \
+            if "<S2TCHAT" in record["task"] else "no spoken dialogue"
+
+    def reply(record: dict, text: list[int], speech: list[int]) -> list[str] | str:
+        think, end, txt = tok.decode(text[:-1]).partition(THINK_END)
+        aloud, tag = "<TEXT2TOKEN>" in record["task"], TAG.match(txt)
+        if not end:
+            return "no think"
+        if text[-1] != tok.im_end or aloud and speech[-1:] != [model.cfg.decoder.codes]:
+            return "a reply without end"
+        if not txt[tag.end() if tag else 0:].strip() or aloud and len(speech) < 3:
+            return "an empty reply"
+        old, record["txt"] = record["extra"], txt.strip()
+        record["extra"] = {k: v for k, v in old.items() if k not in ("reply_wav", "think_str")} | {
+            "own_think": think + end, "emotion": tag and tag[0]} | (
+            {"speech_token": speech[1:-1]} if aloud else {})  # all but its open and close
+        return ["written"]
+
+    def replies(chunk: list[dict]) -> list:
+        asked = [attempt(question, record) for record in chunk]
+        said = [{"text": [], "speech": []} for _ in chunk]
+        for task in ("s2s", "s2t"):
+            here = [i for i, record in enumerate(chunk) if not isinstance(asked[i], str)
+                    and ("<TEXT2TOKEN>" in record["task"]) == (task == "s2s")]
+            for row, phase, token in here and model.answers(tok, task, [asked[i] for i in here]):
+                said[here[row]][phase].append(token)
+        return [asked[i] if isinstance(asked[i], str) else reply(record, **said[i])
+                for i, record in enumerate(chunk)]
+    completed(args, replies, args.batch)
 
 
 @torch.inference_mode()
@@ -1755,7 +1839,8 @@ def ask(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-label": pseudo_label,
-            "shards": shards, "voice": voice, "filter": filtered, "ask": ask, "check": check}
+            "answer": answer, "shards": shards, "voice": voice, "filter": filtered, "ask": ask,
+            "check": check}
 
 
 def main() -> None:
@@ -1766,11 +1851,11 @@ def main() -> None:
         for c in map(parsers.get, names.split()):
             c.add_argument(flag, **how)
     add("tokens check", "lists", nargs="+")
-    add("pseudo-label shards filter ask", "list")
+    add("pseudo-label answer shards filter ask", "list")
     add("voice", "wavs", nargs="+")
     add("build tokenizer shards", "--out", required=True, metavar="DIR")
     add("voice", "--out", required=True, metavar="FILE")
-    add("pseudo-label filter", "--out", required=True, metavar="LIST")
+    add("pseudo-label answer filter", "--out", required=True, metavar="LIST")
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
     add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
     add("build", "--n", type=int, default=10000)
@@ -1781,6 +1866,9 @@ def main() -> None:
     add("tokenizer", "--vocab", type=int, default=1024)
     add("tokens", "--model", required=True, help="folder with tokenizer_s3.safetensors")
     add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
+    add("answer", "--model", required=True, help="folder after stage empathy")
+    add("answer", "--batch", type=int, default=32, help="dialogues at a time")
+    add("pseudo-label answer", "--device", default="cpu")
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")

@@ -248,7 +248,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
     history = [(n, t["txt"], t.get("speech_token") or []) for n, t in zip(slots, past)]
     think, user = "", ""
-    if rng.random() < stage.think:
+    if rng.random() < stage.think and "own_think" not in extra:  # that reply fits its own labels
         if "think_str" in extra and rng.random() < 0.25:
             think = echat.THINK + extra["think_str"] + echat.THINK_END
             user = echat.NATURAL if cfg.language == "en" else ""

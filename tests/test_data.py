@@ -21,7 +21,7 @@ from conftest import copy_of, tone, write_list
 import data
 from data import PATTERN, BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
 from encoder import SpeechTokenizer, TokenizerConfig
-from model import load_echat, load_s3, prompt, read_weights, save_weights, user_prompt
+from model import EChat, load_echat, load_s3, prompt, read_weights, save_weights, user_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = [
@@ -501,7 +501,8 @@ def test_pseudo_labels(tmp_path, wav, checkpoint, monkeypatch, capsys):
              "extra": {"age": "<CHILD>", "gender": None, "emotion": "<SORRY>"}},
             {"txt": "<SAD>", "task": "<EMOTION>", "wav": wav(0.4, 300)},
             {"txt": "hi", "task": "<TEXT2TEXT>", "extra": {"question": "hello"}},
-            {"txt": "hi", "task": "<TRANSCRIBE>", "wav": "gone.wav"}]
+            {"txt": "hi", "task": "<TRANSCRIBE>", "wav": "gone.wav"},
+            {"txt": "hi", "task": "<TRANSCRIBE>"}]
     path, out = write_list(tmp_path / "l.jsonl", rows), tmp_path / "new" / "out.jsonl"
     out.parent.mkdir()
 
@@ -511,7 +512,7 @@ def test_pseudo_labels(tmp_path, wav, checkpoint, monkeypatch, capsys):
         return json.loads(capsys.readouterr().out), list(data.records(str(out)))
     counts, (asr, chat, only, text) = run(0)
     assert counts == {"age kept": 1, "gender kept": 3, "emotion kept": 2, "event kept": 3,
-                      "written": 4, "no such file": 1}
+                      "written": 4, "no such file": 1, "no wav": 1}
     model, tok = load_echat(str(checkpoint)), Tokenizer(str(checkpoint))
     mel = data.features(wav(0.5), 80)
     sure = asr["extra"]["confidence"]
@@ -533,6 +534,85 @@ def test_pseudo_labels(tmp_path, wav, checkpoint, monkeypatch, capsys):
     assert text == rows[3]
     _, (asr, chat, *_) = run(1.1)  # sure of nothing: unknown, to be left out of the loss
     assert asr["txt"] == "hello<OLD><&&><&&><&&>" and chat["extra"]["gender"] == "<&&>"
+
+
+@pytest.fixture
+def speaker(monkeypatch, tok):
+    """EChat.answers of a model that says what it is told to: by the length of what it hears, the
+    text (whether it ends, too) and the codes. `asked` keeps the questions of every batch."""
+    says, asked = {}, []
+
+    def answers(self, own, task, questions, **options):
+        assert not options  # thinks, all text first, with the sampling of the checkpoint
+        asked.append((task, questions))
+        for row, (mel, _, _) in enumerate(questions):
+            text, codes = says[len(mel)]
+            for token in [*tok.encode(text), tok.im_end]:
+                yield row, "text", token
+            for code in [40, *codes, 40] if task == "s2s" and codes is not None else ():
+                yield row, "speech", code
+    monkeypatch.setattr(EChat, "answers", answers)
+    return says, asked
+
+
+def test_answers_of_the_model_itself(tmp_path, wav, checkpoint, monkeypatch, capsys, speaker):
+    """Text and codes are what it says after its think, in batches, and go to the same stage as the
+    list it comes from; all else is counted; a stopped run goes on where it was."""
+    says, asked = speaker
+    says |= {50: ("<think>a<think end><SAD>oh dear", [1, 2]), 30: ("<think>b<think end>hi", None),
+             40: ("hm", [1]), 60: ("<think><think end><SAD> ", [1]), 70: ("<think end>a", []),
+             80: ("<think end>a", None)}
+    old = {"q_txt": "hm", "age": "<OLD>", "emotion": "<HAPPY>", "reply_wav": wav(1.0),
+           "think_str": "so", "speech_token": [7]}
+    spoken = [{"key": str(s), "txt": "x", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(s),
+               "extra": old} for s in (0.5, 0.4, 0.6, 0.7, 0.8)]
+    written = {"txt": "x", "task": "<S2TCHAT>", "wav": wav(1.0), "start": 0.2, "end": 0.5,
+               "extra": {"history": [{"wav": wav(0.5), "txt": "yes", "speech_token": [3]}]}}
+    rows = [*spoken, written, {"txt": "x", "task": "<TRANSCRIBE>", "wav": wav(0.5)},
+            {"txt": "x", "task": "<S2TCHAT>"}, {"txt": "x", "task": "<S2TCHAT>", "wav": "gone.wav"}]
+    path, out = write_list(tmp_path / "l.jsonl", rows), tmp_path / "own.jsonl"
+    words = ["answer", path, "--model", checkpoint, "--out", out, "--batch", 6]
+    command(monkeypatch, *words)
+    whole, counts = out.read_text(), json.loads(capsys.readouterr().out)
+    assert counts == {"written": 2, "no think": 1, "an empty reply": 2, "a reply without end": 1,
+                      "no spoken dialogue": 1, "no wav": 1, "no such file": 1}
+    assert [(task, len(questions)) for task, questions in asked] == [("s2s", 5), ("s2t", 1)]
+    (mel, text, [turn]), = asked[1][1]
+    assert text == "" and turn[1:] == ("yes", [3]) and len(turn[0]) == 50 and len(mel) == 30
+    one, two = data.records(str(out))
+    assert one["txt"] == "<SAD>oh dear" and one["key"] == "0.5" and two["txt"] == "hi"
+    assert os.path.samefile(one["wav"], wav(0.5)) and two["start"] == 0.2
+    assert one["extra"] == {"q_txt": "hm", "age": "<OLD>", "emotion": "<SAD>",
+                            "own_think": "<think>a<think end>", "speech_token": [1, 2]}
+    assert "speech_token" not in two["extra"] and two["extra"]["emotion"] is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["l.jsonl", "own.jsonl"]
+
+    moved = data.moved  # dies in the second batch: the first and half a line of it remain
+    def dies(record, change):
+        if record.get("start"):
+            raise KeyboardInterrupt
+        return moved(record, change)
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(data, "moved", lambda r, c: dies(r, c) if "own_think" in r["extra"]
+                  else moved(r, c))
+        command(monkeypatch, *words[:-1], 3)
+    with open(f"{out}.part", "a") as f:
+        f.write('[["wri')
+    asked.clear()
+    command(monkeypatch, *words[:-1], 3)
+    assert [len(questions) for _, questions in asked] == [1]  # only the one that was not written
+    assert out.read_text() == whole and not os.path.exists(f"{out}.part")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == counts
+    Path(f"{out}.part").write_text('["another list"]\n[["written"], [{}]]\n')
+    command(monkeypatch, *words)
+    assert out.read_text() == whole
+
+
+def test_random_weights_answer_nothing(tmp_path, wav, checkpoint, monkeypatch, capsys):
+    rows = [{"txt": "x", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(s)} for s in (0.5, 0.7)]
+    path, out = write_list(tmp_path / "l.jsonl", rows), tmp_path / "own.jsonl"
+    command(monkeypatch, "answer", path, "--model", checkpoint, "--out", out)
+    assert json.loads(capsys.readouterr().out) == {"no think": 2} and out.read_text() == ""
 
 
 def fake_onnxruntime(monkeypatch, seen: list):
@@ -624,6 +704,7 @@ def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, caps
     for words in (["tokens", path, "--model", checkpoint], ["tokens", path, "--model", broken],
                   ["tokens", shards, "--model", checkpoint], ["shards", "no", "--out", tmp_path],
                   ["pseudo-label", path, "--model", tmp_path, "--out", tmp_path / "n"],
+                  ["answer", tmp_path / "no", "--model", checkpoint, "--out", tmp_path / "n"],
                   ["tokens", tmp_path / "none", "--model", checkpoint], ["check", tmp_path / "no"],
                   ["voice", tmp_path / "no.wav", "--model", checkpoint, "--out", tmp_path / "v"],
                   ["tokenizer", "--text", tmp_path / "no", "--out", tmp_path]):

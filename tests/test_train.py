@@ -199,6 +199,14 @@ def test_dialogue_with_a_natural_think(tok, wav):
           (ids[n:], "text"), (speech_of(some_codes(40)), "speech"))
 
 
+def test_a_reply_of_the_models_own_is_trained_without_a_think(tok, wav):
+    """Its labels are what the model took them to be, not those of the record."""
+    record = dialogue(wav, own_think="<think>...<think end>", think_str="so")
+    text, speech = [*tok.encode("<SORRY>hello"), tok.im_end], speech_of(some_codes(40))
+    check(made(record, tok, Stage((), think=1.0)), (prompt("s2s", tok, CFG.decoder, 13), None),
+          (text, "text"), (speech, "speech"))
+
+
 def test_streaming_dialogue(tok, wav):
     record = dialogue(wav, "<S2TCHAT> <TEXT2TOKEN> <STREAMING>", 58) | {"txt": "012345"}
     text, speech = [*tok.encode("012345"), tok.im_end], speech_of(some_codes(58))  # 7 and 60
