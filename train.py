@@ -51,8 +51,9 @@ from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weight
 # ---------------------------------------------------------------------------------------------
 # The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
 # 6:18 form in the first epoch and later ones; `think` = share of dialogues that think first;
-# `s2t` = share of spoken dialogues that answer in text only. Data of earlier steps stay in: name
-# every list with its weight, e.g. --data asr.jsonl:1 --data asrp.jsonl:1.
+# `s2t` = share of spoken dialogues that answer in text only; `labels` = whether P is asked for. The
+# data of a stage, as they are named with their weights (--data asr.jsonl --data asrp.jsonl:0.1),
+# stand behind it; those of its earlier steps stay in.
 
 
 @dataclass
@@ -62,17 +63,20 @@ class Stage:
     interleave: tuple[float, float] = (0.0, 0.0)
     think: float = 0.0
     s2t: float = 0.0
+    labels: bool = True
 
 
 STAGES = {
-    "text": Stage(("decoder",)),  # the paper takes Qwen2.5 as given
-    "align": Stage(("adapter",)),  # 1.1: ASR only
-    "understand": Stage(("adapter", "encoder")),  # 1.2: ASR+P
+    "text": Stage(("decoder",)),  # T2T; the paper takes Qwen2.5 as given
+    "align": Stage(("adapter",)),  # 1.1: ASR
+    "understand": Stage(("adapter", "encoder")),  # 1.2: + ASR+P
     "paralinguistic": Stage(("adapter", "encoder")),  # 1.3: + only P
-    "full-label": Stage(("adapter", "encoder")),  # 1.4: + all labels at once
-    # Released freeze list "llm" would freeze the speech embedding and head; here they train.
-    "tts": Stage(("decoder",), interleave=(0.0, 0.5)),  # 2.1
-    "s2s": Stage(("encoder", "adapter", "decoder"), interleave=(0.0, 0.5)),  # 2.2
+    "full-label": Stage(("adapter", "encoder")),  # 1.4: + all labels at once (data.py pseudo-label)
+    # 2.1: TTS, T2T, 0.1 x the data of stage 1. Released freeze list "llm" would freeze the speech
+    # embedding and head; here they train. 2.2: + plain S2S.
+    "tts": Stage(("decoder",), interleave=(0.0, 0.5)),
+    "s2s": Stage(("encoder", "adapter", "decoder"), interleave=(0.0, 0.5)),
+    # 3: + EChat at 0.2; then its direct replies and the model's own ones (data.py answer)
     "empathy": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=1.0, s2t=0.1),
     "distill": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=0.5, s2t=0.1),
     "tokenizer": Stage(("s3",), budget=8000),
@@ -209,6 +213,11 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         sample.add([*tok.encode(txt), tok.im_end], "text")
         return sample
     if kind == "understand":  # eq. 1: the words, then the labels
+        if not stage.labels:
+            if "<TRANSCRIBE>" not in task:
+                return "only P, left out by --ablate u-driven"
+            task, txt = "<TRANSCRIBE>", TAG.split(txt)[0]
+            record = record | {"txt": txt}
         wanted = [echat.TAGS[t] for t in TAG.findall(task) if t in echat.TAGS]
         user = echat.user_prompt(wanted)
         sample = Sample(user, audio=clips)
@@ -998,7 +1007,9 @@ class Trainer:
             for name in CARRIED:
                 if init and os.path.exists(os.path.join(init, name)) \
                         and not os.path.exists(os.path.join(out, name)):
-                    shutil.copy(os.path.join(init, name), os.path.join(out, name))
+                    with data.replacing(os.path.join(out, name), "wb") as f, \
+                            open(os.path.join(init, name), "rb") as old:
+                        shutil.copyfileobj(old, f)
             echat.save_config(out, self.cfg)
             self.trainee.save(out, state["module"])
             with data.replacing(os.path.join(out, "state.pt"), "wb") as f:
@@ -1127,6 +1138,9 @@ def main() -> None:
     p.add_argument("--trains", nargs="+", choices=("encoder", "adapter", "decoder"),
                    help="LLM stages: what trains, in place of the paper's list (a decoder that is "
                    "no real LLM has to learn to listen in stage 1, too)")
+    p.add_argument("--ablate", nargs="+", choices=("u-driven", "dual-think"), default=[],
+                   help="Table 2: in all stages, understanding is ASR alone (leave out lists of "
+                   "only P); no think")
     p.add_argument("--valid", action="append", default=[])
     p.add_argument("--valid-every", type=int, default=500)
     p.add_argument("--valid-batches", type=int, default=10)
@@ -1139,8 +1153,10 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=777)
     p.add_argument("--device", default="auto")
     args = p.parse_args()
-    if args.trains:
-        STAGES[args.stage] = replace(STAGES[args.stage], trains=tuple(args.trains))
+    stage = STAGES[args.stage]
+    STAGES[args.stage] = replace(
+        stage, trains=tuple(args.trains or stage.trains), labels="u-driven" not in args.ablate,
+        think=0.0 if "dual-think" in args.ablate else stage.think)
     try:
         trainer = Trainer(args)
         show(trainer, args.show) if args.show else trainer.run()

@@ -100,6 +100,29 @@ def test_unknown_at_the_end_of_understanding_has_no_end_either(tok, wav):
     assert got.attend == [True] * len(head + words) + [True, False, True]
 
 
+def test_understanding_without_labels_is_the_words_alone(tok, wav):
+    """--ablate u-driven: no P in the question, the answer, or what the ear is asked."""
+    record = {"task": "<TRANSCRIBE> <EMOTION> <AGE>", "wav": wav(1.0), "txt": "the user<SAD><OLD>"}
+    stage = Stage((), labels=False)
+    got = made(record, tok, stage)
+    head = prompt("understand", tok, CFG.decoder, 13, user_prompt(["asr"]))
+    check(got, (head, None), ([*tok.encode("the user"), tok.im_end], "asr"))
+    assert got.cues == [-100] * 4
+    out = sequence(record | {"task": "<AGE>", "txt": "<OLD>", "extra": {}}, 0, random.Random(0),
+                   stage, tok, CFG)
+    assert out == "only P, left out by --ablate u-driven"
+
+
+def test_ablations(run, lists):
+    for names in (["u-driven"], ["dual-think"], ["u-driven", "dual-think"], []):
+        trainer = run("empathy", of(lists, "s2s"), ablate=names, steps=0) if names else \
+            run("empathy", of(lists, "s2s"), steps=0)
+        assert trainer.stage == replace(STAGES["empathy"], labels="u-driven" not in names,
+                                        think=float("dual-think" not in names))
+        part = next(trainer.loader(trainer.args.data, 0))[0]["part"]
+        assert (part == PARTS.index("think")).any() == ("dual-think" not in names)
+
+
 def test_text_to_text(tok):
     record = {"task": "<TEXT2TEXT>", "txt": "the user\nsaid", "extra": {"question": "hello"}}
     check(made(record, tok), (prompt("t2t", tok, CFG.decoder, text="hello"), None),
