@@ -1,5 +1,5 @@
-"""Training of the decoder beside a plain loop over the same model in transformers: tokens of real
-data a second, ours / theirs. Same weights, same records, AdamW and clipping on both sides, in turns.
+"""The decoder's training beside a plain loop over the same model in transformers: tokens of data
+(no pads) a second, ours / theirs. Same weights, same records, AdamW and clipping on both sides, in turns.
 
     pip install transformers
     python tests/train_speed.py assets/mini corpus/{tts,text,plain,echat}.train.jsonl
@@ -135,7 +135,8 @@ def main(init: str, lists: list[str]) -> None:
         each[positions(batch)] = float(np.median(times[1:]).round(1))
     print(json.dumps({
         "threads": torch.get_num_threads(), "records": len(samples), "their_batch": size,
-        "tokens_per_s": rates[1:].mean(0).round().tolist(), "pads": [round(pads(b), 3) for b in (ours, theirs)],
+        "tokens_per_s": rates[1:].mean(0).round().tolist(),
+        "pads": [round(pads(b), 3) for b in (ours, theirs)],
         "ours_over_theirs": np.percentile(ratio, (50, 0, 100)).round(2).tolist(),
         "ms_of_a_step_by_positions": each}))
 
