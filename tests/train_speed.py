@@ -1,5 +1,6 @@
 """The decoder's training beside a plain loop over the same model in transformers: tokens of data
-(no pads) a second, ours / theirs. Same weights, same records, AdamW and clipping on both sides, in turns.
+(no pads) a second, ours / theirs. Same weights, same records, AdamW and clipping on both sides, in
+turns.
 
     pip install transformers
     python tests/train_speed.py assets/mini corpus/{tts,text,plain,echat}.train.jsonl
