@@ -1022,11 +1022,14 @@ class Trainer:
         """The run's folder as it is, once more by hard links: they take no room until it changes.
         Of the numbered ones the latest --keep."""
         out = Path(self.args.out)
-        shutil.rmtree(out / name, ignore_errors=True)
-        (out / name).mkdir()
+        made = out / "unfinished"
+        for old in (made, out / name):
+            shutil.rmtree(old, ignore_errors=True)
+        made.mkdir()
         for file in out.iterdir():
             if file.is_file() and file.name != "log.jsonl":
-                os.link(file, out / name / file.name)
+                os.link(file, made / file.name)
+        made.rename(out / name)
         steps = sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))
         for old in steps[:-self.args.keep or None]:
             shutil.rmtree(old)
