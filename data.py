@@ -1719,22 +1719,28 @@ def json_lines(path: str, *names: str) -> list[dict]:
     return rows
 
 
-def run_items(path: str, rows: list[dict], work, jobs: int = 1) -> list[dict]:
-    """work(record) -> dict for every record that `path` lacks; a broken item says so in `error`."""
+def run_items(path: str, rows: list[dict], work, jobs: int = 1, batch: int = 0) -> list[dict]:
+    """work(record) -> dict for every record that `path` lacks, or with `batch` work(so many) ->
+    dicts; a broken item says so in `error`."""
     done = {item["key"]: item for item in json_lines(path, "key") if "error" not in item}
     fresh = list({r["key"]: r for r in rows if r["key"] not in done}.values())
-    def guarded(record: dict) -> dict:
+    def guarded(some: list[dict]) -> list[dict]:
         try:
-            return {"key": record["key"], **work(record)}
+            made = work(some) if batch else map(work, some)
+            return [{"key": r["key"], **item} for r, item in zip(some, made, strict=True)]
         except (ValueError, RuntimeError, OSError) as e:
-            return {"key": record["key"], "error": str(e).split("\n")[0]}
-    with open(path, "a", encoding="utf-8") as f, ThreadPool(max(1, jobs)) as pool:
-        made = map(guarded, fresh) if jobs <= 1 else pool.imap_unordered(guarded, fresh)
+            if len(some) > 1:  # one by one: the broken does not spoil the others
+                return [item for r in some for item in guarded([r])]
+            return [{"key": some[0]["key"], "error": str(e).split("\n")[0]}]
+    parts = [fresh[i:i + max(1, batch)] for i in range(0, len(fresh), max(1, batch))]
+    with open(path, "a", encoding="utf-8") as f, ThreadPool(max(1, jobs)) as pool, tqdm(
+            desc=os.path.basename(path).split("-")[0], total=len(fresh), unit=" items") as bar:
         f.write("\n" * bool(f.tell()))  # ends a line that a killed run left half
-        for item in tqdm(made, os.path.basename(path).split("-")[0], len(fresh), unit=" items"):
-            done[item["key"]] = item
-            f.write(json.dumps(item, ensure_ascii=False) + "\n")
+        for items in map(guarded, parts) if jobs <= 1 else pool.imap_unordered(guarded, parts):
+            done |= {item["key"]: item for item in items}
+            f.writelines(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
             f.flush()
+            bar.update(len(items))
     return [done[record["key"]] for record in rows]
 
 
@@ -1750,15 +1756,17 @@ def rating(answer: str) -> dict | None:
 
 
 @cache
-def spellings() -> dict[str, str]:
-    """An LLM's words for emotions and events -> ours."""
-    return dict(re.findall(r"(\w+)=(\w+)", sections("prompts.md")["spellings"]))
+def spellings() -> dict[str, dict[str, str]]:
+    """Other people's words for labels -> ours, by kind of label."""
+    lines = sections("prompts.md")["spellings"].split("\n")
+    return {dim: dict(re.findall(r"(\w+)=(\w+)", words))
+            for dim, _, words in (line.partition(": ") for line in lines)}
 
 
 def toned(answer: str) -> dict | None:
     """Of `[happy Good for you.]` and `<HAPPY>Good for you.` the tone and the reply."""
     found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?", answer)
-    tone = found and spellings().get(found[1].lower())
+    tone = found and spellings()["emotion"].get(found[1].lower())
     return tone and {"tone": tone, "reply": found[2]}
 
 
@@ -1767,7 +1775,7 @@ def invented(answer: str) -> dict | None:
     try:
         said = json.loads(answer[answer.find("{"):answer.rfind("}") + 1])
         labels = {d: said["caption" if d == "event" else d] for d in LABELS}
-        labels = {d: spellings().get(w.lower()) or w.upper().replace(" ", "_")
+        labels = {d: spellings()[d].get(w.lower()) or w.upper().replace(" ", "_")
                   for d, w in labels.items()}
         return (reply := toned(sentence(said["answer"]))) and {
             **reply, "question": sentence(said["txt"]), "wav": "",

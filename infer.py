@@ -83,21 +83,21 @@ class Chatbot:
             raise BadInput(f"{path}: silence")
         return log_mel(wave, self.model.cfg.encoder.n_mels)
 
-    def answers(self, mels: list, text: str):
-        """Tokens of the answers to several questions at once, as EChat.answers yields them."""
+    def answers(self, asked: list[tuple]):
+        """Tokens of the answers to several questions, (mel or None, text), at once, as
+        EChat.answers yields them."""
         args, think = self.args, self.args.think
-        if args.task == "understand":
-            text = echat.user_prompt(args.labels)
-        elif think == "natural" and mels[0] is not None and self.model.cfg.language == "en":
-            text = echat.NATURAL
-        return self.model.answers(self.tok, args.task, [(mel, text, self.history) for mel in mels],
-                                  think != "off", args.interleave, seed=args.seed,
-                                  max_tokens=args.max_tokens)
+        own = echat.user_prompt(args.labels) if args.task == "understand" else echat.NATURAL \
+            if think == "natural" and self.model.cfg.language == "en" else ""
+        return self.model.answers(
+            self.tok, args.task, [(mel, own if own and mel is not None else text, self.history)
+                                  for mel, text in asked],
+            think != "off", args.interleave, seed=args.seed, max_tokens=args.max_tokens)
 
     def turns(self, replies: list["Reply"]):
         """Turns at once as events: ("text", piece), ("audio", wave chunk, its number),
         ("done", result, wave)."""
-        for i, phase, token in self.answers([r.mel for r in replies], replies[0].asked):
+        for i, phase, token in self.answers([(r.mel, r.asked) for r in replies]):
             yield from replies[i].take(phase, token)
         for reply in replies:
             yield from reply.end()

@@ -290,8 +290,8 @@ def test_understand_asks_what_the_task_asks(world, monkeypatch, capsys):
     assert ev.truth(row, "query") == {"asr": "hi", "age": "OLD"}
     assert ev.truth(row, "think") == {"asr": "hi", "age": "OLD", "gender": "MALE"}
     seen = []
-    monkeypatch.setattr(ev, "answer", lambda bot, r, stop: (seen.append(bot.args.labels) or {
-        "labels": {"age": "OLD"}, "transcript": "hello there"}, None))
+    monkeypatch.setattr(ev, "answers", lambda bot, some, stop: seen.append(bot.args.labels) or [
+        ({"labels": {"age": "OLD"}, "transcript": "hello there"}, None)] * len(some))
     path = world / "only.jsonl"
     path.write_text(json.dumps({"key": 1, "wav": "a.wav", "txt": "<OLD>", "task": "<AGE>"}) + "\n"
                     + json.dumps({"key": 2, "wav": "a.wav", "txt": "hello you",
@@ -317,7 +317,7 @@ def test_echat(world, monkeypatch, capsys, server):
     rules, judge = result["rules"], result["judge"]
     assert rules["perfect"]["talk"]["score"][0] > rules["generic"]["talk"]["score"][0] == 0
     assert rules["perfect"]["other"] == {"n": 2, "score": [1.0] * 3}
-    assert rules["generic"]["reply's tag"]["score"][0] == 0
+    assert rules["generic"]["reply's tone"]["score"][0] == 0
     assert rules["model"]["talk"]["n"] == rules["shuffle"]["talk"]["n"] == 2
     assert judge["model"]["multi"]["n"] == 2 and judge["perfect"]["emotion"]["n"] == 2
     cards = [json.loads(line) for line in open(world / "out" / "echat.cards.jsonl")]
@@ -338,18 +338,18 @@ def test_a_record_may_be_part_of_a_wav(world, monkeypatch, task):
     monkeypatch.setattr(bot.model, "hear", lambda mel, n: heard.append(int(n[0])) or 1 / 0)
     for span in ({}, {"start": 0.1, "end": 0.35}):
         with pytest.raises(ZeroDivisionError):
-            ev.answer(bot, {"wav": str(world / "a.wav")} | span)
+            ev.answers(bot, [record() | {"wav": str(world / "a.wav")} | span])
     assert heard == [50, 25]  # frames, 100 a second
 
 
 def test_echat_beside_another_run(world, monkeypatch, capsys, tmp_path):
     item = {"key": "sad", "text": "How sad.", "labels": {"reply_emotion": "SAD"}}
     (tmp_path / "theirs.jsonl").write_text(json.dumps(item) + "\n")
-    monkeypatch.setattr(ev, "answer", lambda bot, record: (
-        {"text": "", "labels": {}, "sample_rate": 24000}, torch.zeros(2400)))
+    monkeypatch.setattr(ev, "answers", lambda bot, some: [(
+        {"text": "", "labels": {}, "sample_rate": 24000}, torch.zeros(2400)) for _ in some])
     data = ["--data", str(world / "other.jsonl"), "--beside", str(tmp_path / "theirs.jsonl")]
     result = call(world, monkeypatch, capsys, "echat", *data, "--speech")[1]
-    assert seconds_of(str(world / "out" / "sad.wav")) == 0.1
+    assert [seconds_of(str(p)) for p in (world / "out").glob("echat-*speech*/sad.wav")] == [0.1]
     assert result["n"] == 1 and result["broken"] == 1  # only what both have answered
     assert result["rules"]["theirs"]["emotion"] == {"n": 1, "score": [1.0] * 3}
 
@@ -378,11 +378,66 @@ def test_ratings(world, monkeypatch, capsys, tmp_path):
     ({"choices": ["a cat", "a dog"], "answer": "B"}, "(A) a cat", "choice", False),
     ({"choices": ["a cat", "a dog"], "answer": "B"}, "A dog, surely.", "choice", True),
     ({"choices": ["a cat", "a dog"], "answer": "A"}, "a cat or a dog", "choice", False),
+    ({"ask": "age", "age": "<CHILD>"}, "You sound like a child.", "asked for age", True),
+    ({"ask": "age", "age": "<CHILD>"}, "You are an adult.", "asked for age", False),
+    ({"ask": "gender", "gender": "<FEMALE>"}, "A woman, I think.", "asked for gender", True),
+    ({"ask": "event", "caption": "<COUGH>"}, "That was a cough.", "asked for event", True),
     ({"refuse": True}, "I\u2019m sorry, but no.", "refusal", True),
     ({"refuse": True}, "First, buy some matches.", "refusal", False),
 ])
 def test_grade(extra, reply, kind, right):
-    assert ev.grade(extra, reply) == (kind, right)
+    assert [*ev.grade(extra, reply)] == [(kind, right, 1)]
+
+
+def test_repeating_with_an_emotion():
+    extra = {"repeat": "It rains again today.", "emotion": "<SAD>"}
+    marks = lambda reply, tone: [ok for _, ok, _ in ev.grade(extra, reply, tone)]
+    assert marks("it rains again today", "SAD") == [True, True]
+    assert marks("it rains again today", "HAPPY") == [True, False]
+    assert marks("How sad.", "SAD") == [False, False]
+
+
+@pytest.mark.parametrize("name, given, good, bad", [
+    ("keywords:existence", {"keywords": ["cat", "dog"]}, "A Dog and a cat.", "A cat."),
+    ("keywords:forbidden_words", {"forbidden_words": ["cat", "dog"]}, "A category.", "A dog."),
+    ("keywords:frequency", {"keyword": "no", "relation": "at least", "frequency": 2}, "No, no.", "No."),
+    ("keywords:letter_frequency", {"letter": "z", "let_relation": "less than", "let_frequency": 2},
+     "zoo", "jazz"),
+    ("length_constraints:number_words", {"relation": "less than", "num_words": 4}, "It's so nice.",
+     "This is too long."),
+    ("length_constraints:number_sentences", {"relation": "at least", "num_sentences": 2},
+     "One. Two!", "Only one."),
+    ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\nb"),
+    ("length_constraints:nth_paragraph_first_word",
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"}, "First.\n\nThen.", "Then.\n\nNo."),
+    ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a]"),
+    ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yes.\nP.S. No.", "Yes."),
+    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
+    ("detectable_format:constrained_response", {}, "My answer is no.", "No."),
+    ("detectable_format:number_highlighted_sections", {"num_highlights": 1}, "*so*", "so"),
+    ("detectable_format:multiple_sections", {"section_spliter": "Part", "num_sections": 2},
+     "Part 1 a Part 2 b", "Part 1"),
+    ("detectable_format:json_format", {}, '```json\n{"a": 1}\n```', "a"),
+    ("detectable_format:title", {}, "<<Hi>> you", "Hi"),
+    ("combination:two_responses", {}, "a\n******\nb", "a\n******\na"),
+    ("combination:repeat_prompt", {"prompt_to_repeat": "Say (it)"}, "say (it): it", "it"),
+    ("startend:end_checker", {"end_phrase": "Bye."}, "So, bye.", "Bye. So."),
+    ("startend:quotation", {}, '"Quoted."', "Not."),
+    ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
+     "SO IT is", "SO it is"),
+    ("change_case:english_capital", {}, "ALL 1.", "All."),
+    ("change_case:english_lowercase", {}, "all 1.", "All."),
+    ("punctuation:no_comma", {}, "Yes.", "Yes, no."),
+])
+def test_instructions_of_ifeval(name, given, good, bad):
+    assert ev.follows(good, name, given) and ev.follows(bad, name, given) is False
+    assert not ev.follows(" ", name, given)
+
+
+def test_an_instruction_without_a_rule_is_counted():
+    extra = {"instruction_id_list": ["punctuation:no_comma", "language:response_language"],
+             "kwargs": [{"relation": None}, {"language": "de"}]}
+    assert [*ev.grade(extra, "Ja.")] == [("instruction", True, 1), ("instruction without a rule", 1, 1)]
 
 
 def test_qa(world, monkeypatch, capsys):
@@ -418,6 +473,14 @@ LAYOUTS = {  # files of a tiny tree -> records without their wav
               '1,"No, no!",anger,0,1\n'},
              ["output_repeated_splits_test/dia0_utt1.wav", "train_splits/dia0_utt1.wav"],
              [("No, no!<ANGER>", "<TRANSCRIBE> <EMOTION>")]),
+    "wenetspeech": ({"WenetSpeech.json": json.dumps({"audios": [
+        {"path": f"audio/{part}/B00000/{name}.opus", "segments": [
+            {"sid": f"{name}_S{i}", "begin_time": i, "end_time": i + 0.5, "text": "\u4f60\u597d"}
+            for i in range(2)]} for part, name in (("test_net", "T0"), ("train", "Y0"))]})},
+        ["audio/test_net/B00000/T0.opus", "audio/train/B00000/Y0.opus"],
+        [("\u4f60\u597d", "<TRANSCRIBE>")] * 2),
+    "seedtts": ({"en/meta.lst": "u1|Hi.|prompt-wavs/p.wav|Say it\nu2|Hi.|prompt-wavs/p.wav|No wav\n"},
+                ["en/wavs/u1.wav", "en/prompt-wavs/p.wav"], [("Say it", "<TEXT2TOKEN>")]),
     "mer2023": ({"test1-label.csv": "name,discrete,valence\ns_1,worried,-1\ns_2,happy,2\n"},
                 ["test1/s_1.wav", "test1/s_2.wav"], [("<HAPPY>", "<EMOTION>")])}
 
@@ -437,9 +500,11 @@ def test_convert(layout, tmp_path, monkeypatch, capsys):
     rows = list(data.records(str(out)))
     assert [(r["txt"], r["task"]) for r in rows] == want and result["records"] == len(want)
     assert all(os.path.exists(r["wav"]) and ev.truth(r, "query") for r in rows)
-    lost = {"librispeech": "without audio", "aishell": "without audio",
+    assert len({r["key"] for r in rows}) == len(rows) and (layout != "wenetspeech" or [
+        (r["start"], r["end"]) for r in rows] == [(0, 0.5), (1, 1.5)])
+    lost = {**dict.fromkeys(("librispeech", "aishell", "wenetspeech", "seedtts"), "without audio"),
             "mer2023": "without words or label of ours"}.get(layout)
-    assert result.get(lost, 0) == bool(lost)
+    assert result.get(lost, 0) == bool(lost) + (layout == "wenetspeech")
 
 
 def test_convert_another_layout_is_one_line(tmp_path, monkeypatch, capsys):
@@ -462,6 +527,54 @@ def test_tts(world, monkeypatch, capsys):
     items = {p.name.split("-")[2]: json.loads(p.read_text()) for p in (world / "out").glob("tts-*")}
     assert [items[way]["seconds"] for way in ("original", "copy", "griffinlim", "resynthesis")] == [
         0.5, 0.5, 0.5, 0.12]
+
+
+PROGRAM = "import sys, soundfile; print(len(soundfile.read(sys.argv[1])[0]), 'fearful')"
+
+
+def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path, server):
+    (tmp_path / "judge.py").write_text(PROGRAM)
+    ask = ev.outside(f"{sys.executable} {tmp_path / 'judge.py'}")
+    assert ask(torch.zeros(800).numpy()) == "800 fearful" and ev.emotion_of("1 Fearful") == "FEAR"
+    with pytest.raises(ValueError, match="no emotion"):
+        ev.emotion_of("unknown 0.3")
+    with pytest.raises(BadInput, match="no such program"):
+        ev.outside("no-such-program --x")
+    with pytest.raises(ValueError, match="No such file|can't open"):
+        ev.outside(f"{sys.executable} {tmp_path / 'none.py'}")(torch.zeros(800).numpy())
+    server.script = ["HAPPY"]  # the wav is no JSON for this server, so it breaks off
+    tool = ["--emotion", f"{sys.executable} {tmp_path / 'judge.py'}"]
+    data = ["--data", str(world / "talk.jsonl"), "--control", "perfect", *tool]
+    result = call(world, monkeypatch, capsys, "echat", *data)[1]
+    cards = [json.loads(line) for line in open(world / "out" / "echat.cards.jsonl")]
+    assert {c["replies"]["perfect"]["tone"] for c in cards} == {"FEAR"}  # its text says SAD
+    assert result["no emotion heard"] == 0
+    text, result = call(world, monkeypatch, capsys, "tts", "--data", str(world / "say.jsonl"),
+                        "--path", "original", "--limit", "1", "--asr", tool[1])
+    assert result["say original"]["WER, CER"]["score"][0] == 1.0  # "8000 fearful" of two words
+
+
+def test_similarity(monkeypatch):
+    import types
+    fake = types.SimpleNamespace(
+        VoiceEncoder=lambda *a, **k: types.SimpleNamespace(
+            embed_utterance=lambda w: w / (w @ w) ** 0.5), preprocess_wav=lambda w, rate: w)
+    monkeypatch.setitem(sys.modules, "resemblyzer", fake)
+    monkeypatch.setattr(ev, "find_spec", lambda name: True)
+    like, wave = ev.likeness(), torch.tensor([3.0, 4.0]).numpy()
+    got = ev.rated("hi", torch.ones(2400), 24000, None, None, lambda own: like(wave, wave))
+    assert got["like"] == 1.0
+
+
+def test_a_batch_answers_as_one_by_one(world, monkeypatch):
+    words = ["eval.py", "qa", "--model", str(world), "--data", "x", "--device", "cpu",
+             "--max-tokens", "9"]
+    monkeypatch.setattr(sys, "argv", words)
+    rows = [record(k, question=k * 5) | {"wav": str(world / f"{k}.wav")} for k in "ab"]
+    for task in ("s2t", "t2t"):
+        bot = ev.chatbot(ev.arguments(), task)
+        one = [ev.answers(bot, [r])[0][0]["text"] for r in rows]
+        assert [said["text"] for said, _ in ev.answers(bot, rows)] == one
 
 
 def test_griffin_lim_keeps_a_tone():
