@@ -1124,6 +1124,20 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
             "think": think(scene["domain"], known, tone, bank, rng) if known else ""}
 
 
+def plan_ask(index: int, name: str, pools: dict, bank: dict, seed: int) -> dict:
+    """A query of App. C.4: how old am I, what sex, what was that sound; or to repeat a sentence
+    with an emotion, which the one who asks does not have."""
+    item = plan_item(index, "test", "event" if name == "event" else "age", pools, bank, seed)
+    words, labels = pick(np.random.default_rng([seed, 4, index]), bank["ask", name]), item["labels"]
+    wanted, extra = labels[name], {"ask": name, IN_EXTRA[name]: f"<{labels[name]}>"}
+    reply = f"<NEUTRAL>{bank['does', wanted] if name == 'event' else wanted.lower()}."
+    if name == "emotion":
+        extra = {"repeat": item["query"], "emotion": f"<{wanted}>"}
+        reply, labels["emotion"] = f"<{wanted}>{item['query']}", "NEUTRAL"
+    return item | {"kind": f"ask_{name}", "extra": extra, "reply": "", "txt": reply,
+                   "query": words.format(tone=wanted.lower(), text=item["query"])}
+
+
 def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool) -> list[dict]:
     """n train dialogues (+1 % spare for rejects), 600 test ones and n / 2 drills, or a small model
     learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
@@ -1137,6 +1151,9 @@ def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool)
         kinds = [("test", k) for k in BENCH for _ in range(294)]
     items = [plan_item(i, split, kind, pools, bank, seed) for i, (split, kind) in
              enumerate(tqdm(kinds, "plan", leave=False), 10**7 * bench)]
+    if bench:
+        items += [plan_ask(10**7 + len(items) + i, name, pools, bank, seed)
+                  for i, name in enumerate(name for name in LABELS for _ in range(210))]
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
                              for k in ("query", "reply")})
     return items + [plan_item(len(items) + i, "train", "drill", pools, bank, seed)
@@ -1215,9 +1232,15 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
 
 
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
-    """The test sets of EChat-eval, 280 dialogues each, as records of `echat`."""
-    return {(kind, "test"): [next(item_records(i, seed))[1] for i in items
+    """The test sets of EChat-eval, 280 dialogues each, as records of `echat`; of App. C.4, 200."""
+    sets = {(kind, "test"): [next(item_records(i, seed))[1] for i in items
                              if i["kind"] == kind][:280] for kind in BENCH}
+    for i in items:
+        if i["kind"] not in BENCH:
+            sets.setdefault((i["kind"], "test"), []).append(record(
+                f"{i['kind']}_{i['index']}", i["wav"], i["txt"], "<S2TCHAT> <TEXT2TOKEN>",
+                q_txt=i["query"], recipe=i["labels"] | {"voice": i["voice"]["name"]}, **i["extra"]))
+    return {name: rows[:280 if name[0] in BENCH else 200] for name, rows in sets.items()}
 
 
 def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
@@ -1867,7 +1890,7 @@ def main() -> None:
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
     add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
     add("build", "--n", type=int, default=10000)
-    add("build", "--bench", action="store_true", help="the five test sets of EChat-eval instead")
+    add("build", "--bench", action="store_true", help="the test sets of EChat-eval and App. C.4 instead")
     add("build", "--seed", type=int, default=0)
     add("build", "--jobs", type=int, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")

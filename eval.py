@@ -1,6 +1,6 @@
 """Measure EChat: understanding, empathy (EChat-eval), answers, speech, speed. Paper: Tables 2-11.
 
-    python eval.py echat --data bench/*.test.jsonl --control shuffle perfect generic  # empathy
+    python eval.py echat --data bench/{age,multi}.test.jsonl --control shuffle perfect  # empathy
     python eval.py understand --data corpus/full.test.jsonl   # WER, accuracy of every label
     python eval.py convert librispeech DIR --out list.jsonl   # a public test set as such a list
     python eval.py qa --data questions.jsonl                  # does it know, choose, refuse?

@@ -2,6 +2,7 @@
 the commands on a tiny random model."""
 
 import hashlib
+import io
 import json
 import os
 import sys
@@ -400,7 +401,8 @@ def test_repeating_with_an_emotion():
 @pytest.mark.parametrize("name, given, good, bad", [
     ("keywords:existence", {"keywords": ["cat", "dog"]}, "A Dog and a cat.", "A cat."),
     ("keywords:forbidden_words", {"forbidden_words": ["cat", "dog"]}, "A category.", "A dog."),
-    ("keywords:frequency", {"keyword": "no", "relation": "at least", "frequency": 2}, "No, no.", "No."),
+    ("keywords:frequency", {"keyword": "no", "relation": "at least", "frequency": 2},
+     "No, no.", "No."),
     ("keywords:letter_frequency", {"letter": "z", "let_relation": "less than", "let_frequency": 2},
      "zoo", "jazz"),
     ("length_constraints:number_words", {"relation": "less than", "num_words": 4}, "It's so nice.",
@@ -409,7 +411,8 @@ def test_repeating_with_an_emotion():
      "One. Two!", "Only one."),
     ("length_constraints:number_paragraphs", {"num_paragraphs": 2}, "a\n***\nb", "a\nb"),
     ("length_constraints:nth_paragraph_first_word",
-     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"}, "First.\n\nThen.", "Then.\n\nNo."),
+     {"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "then"},
+     "First.\n\nThen.", "Then.\n\nNo."),
     ("detectable_content:number_placeholders", {"num_placeholders": 2}, "[a] and [b]", "[a]"),
     ("detectable_content:postscript", {"postscript_marker": "P.S."}, "Yes.\nP.S. No.", "Yes."),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n- b", "* a\n* b\n* c"),
@@ -437,7 +440,8 @@ def test_instructions_of_ifeval(name, given, good, bad):
 def test_an_instruction_without_a_rule_is_counted():
     extra = {"instruction_id_list": ["punctuation:no_comma", "language:response_language"],
              "kwargs": [{"relation": None}, {"language": "de"}]}
-    assert [*ev.grade(extra, "Ja.")] == [("instruction", True, 1), ("instruction without a rule", 1, 1)]
+    assert [*ev.grade(extra, "Ja.")] == [
+        ("instruction", True, 1), ("instruction without a rule", 1, 1)]
 
 
 def test_qa(world, monkeypatch, capsys):
@@ -479,7 +483,7 @@ LAYOUTS = {  # files of a tiny tree -> records without their wav
             for i in range(2)]} for part, name in (("test_net", "T0"), ("train", "Y0"))]})},
         ["audio/test_net/B00000/T0.opus", "audio/train/B00000/Y0.opus"],
         [("\u4f60\u597d", "<TRANSCRIBE>")] * 2),
-    "seedtts": ({"en/meta.lst": "u1|Hi.|prompt-wavs/p.wav|Say it\nu2|Hi.|prompt-wavs/p.wav|No wav\n"},
+    "seedtts": ({"en/meta.lst": "u1|Hi.|prompt-wavs/p.wav|Say it\nu2|Hi.|prompt-wavs/p.wav|No\n"},
                 ["en/wavs/u1.wav", "en/prompt-wavs/p.wav"], [("Say it", "<TEXT2TOKEN>")]),
     "mer2023": ({"test1-label.csv": "name,discrete,valence\ns_1,worried,-1\ns_2,happy,2\n"},
                 ["test1/s_1.wav", "test1/s_2.wav"], [("<HAPPY>", "<EMOTION>")])}
@@ -532,7 +536,7 @@ def test_tts(world, monkeypatch, capsys):
 PROGRAM = "import sys, soundfile; print(len(soundfile.read(sys.argv[1])[0]), 'fearful')"
 
 
-def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path, server):
+def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path):
     (tmp_path / "judge.py").write_text(PROGRAM)
     ask = ev.outside(f"{sys.executable} {tmp_path / 'judge.py'}")
     assert ask(torch.zeros(800).numpy()) == "800 fearful" and ev.emotion_of("1 Fearful") == "FEAR"
@@ -542,7 +546,11 @@ def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path, 
         ev.outside("no-such-program --x")
     with pytest.raises(ValueError, match="No such file|can't open"):
         ev.outside(f"{sys.executable} {tmp_path / 'none.py'}")(torch.zeros(800).numpy())
-    server.script = ["HAPPY"]  # the wav is no JSON for this server, so it breaks off
+    sent = []
+    monkeypatch.setattr(ev.urllib.request, "urlopen", lambda request, timeout: (
+        sent.append(request) or io.BytesIO(b"happy 0.9\n")))
+    assert ev.outside("http://x/y")(torch.zeros(800).numpy()) == "happy 0.9"
+    assert sent[0].data[:4] == b"RIFF" and sent[0].full_url == "http://x/y"
     tool = ["--emotion", f"{sys.executable} {tmp_path / 'judge.py'}"]
     data = ["--data", str(world / "talk.jsonl"), "--control", "perfect", *tool]
     result = call(world, monkeypatch, capsys, "echat", *data)[1]
@@ -643,6 +651,13 @@ def test_bench_is_held_out_and_the_corpus_stays_as_it_was():
         assert not words & {r["extra"]["q_txt"] for r in rows}
         dims = [set(ev.labels_of(r)) - {"neutral"} for r in rows]
         assert all(len(d) > 1 for d in dims) if kind == "multi" else all(d <= {kind} for d in dims)
+    for dim in data.LABELS:  # App. C.4; the list's own replies are right
+        rows = sets[f"ask_{dim}", "test"]
+        assert len(rows) == 200 and not seen & {r["extra"]["recipe"]["voice"] for r in rows}
+        for r in rows:
+            said = ev.perfect(r)
+            assert all(ok for _, ok, _ in ev.grade(r["extra"], said["text"],
+                                                   said["labels"]["reply_emotion"])), r
     plan = data.plan(5, 0, scenes, clauses, ENGINES, False)  # as it was before there was a bench
     made = data.manifests(plan, data.sentences(scenes)[:3], 0)
     lines = json.dumps(made["echat", "test"] + made["asr", "train"])
