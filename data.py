@@ -5,7 +5,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 (`labels.jsonl|audio.tar` a line), or is one .tar. Paths are relative to the list.
 
     python data.py build --out corpus            # the EChat-mini corpus (synthetic labels)
-    python data.py build --bench --out bench     # EChat-eval: 280 held-out dialogues a set
+    python data.py build --bench --out bench     # EChat-eval: 280 held-out dialogues a set; App. C.4
     python data.py tokenizer --text corpus/texts.txt --vocab 1024 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
@@ -1890,7 +1890,8 @@ def main() -> None:
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
     add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
     add("build", "--n", type=int, default=10000)
-    add("build", "--bench", action="store_true", help="the test sets of EChat-eval and App. C.4 instead")
+    add("build", "--bench", action="store_true",
+        help="the test sets of EChat-eval and App. C.4 instead")
     add("build", "--seed", type=int, default=0)
     add("build", "--jobs", type=int, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")
