@@ -5,7 +5,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 (`labels.jsonl|audio.tar` a line), or is one .tar. Paths are relative to the list.
 
     python data.py build --out corpus            # the EChat-mini corpus (synthetic labels)
-    python data.py build --bench --out bench     # EChat-eval: 280 held-out dialogues a set; App. C.4
+    python data.py build --bench --out bench     # EChat-eval: 280 dialogues a set; App. C.4
     python data.py tokenizer --text corpus/texts.txt --vocab 1024 --out assets/mini
     python data.py tokens LIST --model assets/mini   # add extra.speech_token to a list
     python data.py pseudo-label LIST --model RUN --out NEW   # ask a model the labels it lacks
