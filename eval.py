@@ -657,6 +657,7 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
+        net.decoder.by_columns()
     else:
         bot = chatbot(args, "s2s", stream=True)
         net, voice = bot.model, bot.voice
