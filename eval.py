@@ -783,11 +783,12 @@ def against(net, ids: Tensor, n: int) -> dict:
         k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
 
 
-def parts(net, voice, wave: Tensor, ids: Tensor, n: int) -> dict:
+def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
     """Every part by itself, at its first run (cold) and as a median."""
-    device, llm = ids.device.type, net.decoder
+    device, llm, n = ids.device.type, net.decoder, args.tokens
     codes, mel = ids.new_zeros(1, 50), log_mel(wave, net.cfg.encoder.n_mels)[None].to(device)
-    lengths, state = torch.tensor([mel.shape[1]], device=device), voice.start()[0]
+    lengths = torch.tensor([mel.shape[1]], device=device)
+    state, _ = voice.start(steps=args.steps)
     sound = voice.flow.stream(codes, state, True)[0]  # (1, T, M): 2 s
     times = np.concatenate([clock(device, work) for work in (
         lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
@@ -821,12 +822,13 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
+        net.decoder.by_columns()
     else:
         bot = chatbot(args, "s2s", stream=True)
         net, voice = bot.model, bot.voice
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
-    out |= parts(net, voice, wave, ids, args.tokens)
+    out |= parts(net, voice, wave, ids, args)
     read = sum(p.nbytes for name, p in net.decoder.named_parameters() if "speech_" not in name)
     read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
     out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9

@@ -565,9 +565,12 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
         cfg, weights = read_osum(file)
         dtype = dtype or weights["decoder.speech_head.weight"].dtype
         del weights  # or its map would stay, and what is copied be there twice
-        return restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
-    cfg = load_config(path)
-    return restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
+        net = restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
+    else:
+        cfg = load_config(path)
+        net = restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
+    net.decoder.by_columns()
+    return net
 
 
 # The released OSUM-EChat: one flat dict of the training code's names

@@ -1000,6 +1000,7 @@ class Trainer:
         state = gathered({
             "step": self.step, "data": self.data_state, "rng": rng, "best": self.best,
             "module": self.trainee.module.state_dict(),
+            "recent": getattr(self.trainee, "recent", []),
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}})
         if self.rank == 0:
             out, init = self.args.out, self.args.init
@@ -1045,6 +1046,8 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """All but the weights, which were there before they were sharded."""
         self.step, self.data_state, self.best = state["step"], state["data"], state["best"]
+        if "recent" in vars(self.trainee):  # of rank 0 on all: they must agree when it is enough
+            self.trainee.recent = state["recent"]
         for turn, optimizer in self.optimizers.items():
             saved = state["optimizers"][turn]
             owners = [p for group in optimizer.param_groups for p in group["params"]]

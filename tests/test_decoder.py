@@ -145,6 +145,17 @@ def test_right_pads_change_nothing(model):
     torch.testing.assert_close(model(loud)[:, :7], model(x[:, :7]), atol=1e-5, rtol=0)
 
 
+def test_by_columns_is_the_same_model(model):
+    other = Decoder(model.cfg).eval()
+    other.load_state_dict(model.state_dict())
+    other.by_columns()
+    assert all(w.stride(0) == 1 for w in other.parameters() if w.dim() == 2)
+    assert all(torch.equal(w, other.state_dict()[k]) for k, w in model.state_dict().items())
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(*(n.logits(n(n.embed(ids)), "joint") for n in (model, other)),
+                               atol=1e-5, rtol=1e-5)
+
+
 def test_only_distances_count(model):
     x = torch.randn(1, 6, CFG.dim)
     far = model(x, torch.arange(100, 106))
