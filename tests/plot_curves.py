@@ -17,7 +17,7 @@ SKIP = {"step", "stage", "lr", "rate", "wait", "minutes", "used", "perplexity", 
 def main(runs: list[str], out: str) -> None:
     columns = min(4, len(runs))
     rows = -(-len(runs) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(3.2 * columns, 2.4 * rows), squeeze=False)
+    fig, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.4 * rows), squeeze=False)
     for ax in axes.flat[len(runs):]:
         ax.axis("off")
     for ax, run in zip(axes.flat, runs):
@@ -27,7 +27,7 @@ def main(runs: list[str], out: str) -> None:
             points = [(line["step"], line[name]) for line in lines if name in line]
             ax.plot(*zip(*points), "." if name.startswith("valid") else "-", label=name, lw=1)
         ax.set_title(lines[0]["stage"], fontsize=9)
-        ax.legend(fontsize=6)
+        ax.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.tick_params(labelsize=6)
         ax.set_yscale("log")
     fig.tight_layout()
