@@ -1233,12 +1233,12 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
 
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
     """The test sets of EChat-eval, 280 dialogues each, as records of `echat`; of App. C.4, 200."""
-    sets = {(kind, "test"): [next(item_records(i, seed))[1] for i in items
-                             if i["kind"] == kind][:280] for kind in BENCH}
+    sets = {(kind, "test"): [] for kind in BENCH}
     for i in items:
-        if i["kind"] not in BENCH:
-            sets.setdefault((i["kind"], "test"), []).append(record(
-                f"{i['kind']}_{i['index']}", i["wav"], i["txt"], "<S2TCHAT> <TEXT2TOKEN>",
+        kind = i["kind"]
+        sets.setdefault((kind, "test"), []).append(
+            next(item_records(i, seed))[1] if kind in BENCH else record(
+                f"{kind}_{i['index']}", i["wav"], i["txt"], "<S2TCHAT> <TEXT2TOKEN>",
                 q_txt=i["query"], recipe=i["labels"] | {"voice": i["voice"]["name"]}, **i["extra"]))
     return {name: rows[:280 if name[0] in BENCH else 200] for name, rows in sets.items()}
 

@@ -235,13 +235,12 @@ class Decoder(nn.Module):
             cache.length += T
         return self.norm(x)
 
-    def by_columns(self) -> "Decoder":
+    def by_columns(self) -> None:
         """Lay float32 matrices on a CPU out column by column, shapes as before: MKL multiplies one
         row with them 1.4 times as fast, and decoding is little else."""
         for p in self.parameters():
             if p.dim() == 2 and p.dtype == torch.float32 and p.device.type == "cpu":
                 p.data = p.data.t().contiguous().t()
-        return self
 
     def prefill(self, x: Tensor, cache: KVCache) -> Tensor:
         """Append x (B, T, D) to the cache -> hidden (B, 1, D) of its last position."""

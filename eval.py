@@ -303,7 +303,8 @@ def items_file(args, *settings) -> str:
              args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in sorted(
                  Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
-    return os.path.join(args.out, f"{args.command}-{'-'.join(map(str, settings))}-{digest}.jsonl")
+    words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
+    return os.path.join(args.out, f"{'-'.join([args.command, *words, digest])}.jsonl")
 
 
 def measured(args, rows: list[dict], settings, work, marks, way: str = "") -> dict[str, dict]:
@@ -666,9 +667,9 @@ def qa(args) -> tuple[str, dict]:
                 result["tone"] = emotion_of(classify(at_16k(wave, rate)))
             out.append(result)
         return out
-    tools = [re.sub(r"\W+", "_", tool) for tool in (args.asr, args.emotion or "tag")]
-    columns = measured(args, rows, [args.task, *tools], reply, lambda record, got: grade(
-        record["extra"], got["heard" if listen else "text"], got["tone"]))
+    columns = measured(
+        args, rows, [args.task, args.asr, args.emotion or "tag"], reply, lambda record, got: grade(
+            record["extra"], got["heard" if listen else "text"], got["tone"]))
     return score_table(columns), columns
 
 
@@ -723,7 +724,7 @@ def tts(args) -> tuple[str, dict]:
         return [rated(text, wave, rate, listen, mos, like and (
             lambda own, r=r: like(own, read_wave(spoken(r) or "").numpy())))
             for r, (text, wave) in zip(some, say(bot, some, way))]
-    tools = [re.sub(r"\W+", "_", args.asr), "mos" if mos else "no_mos", *["like"] * bool(like)]
+    tools = [args.asr, "mos" if mos else "no_mos", *["like"] * bool(like)]
     for way in args.path:
         columns |= measured(
             args, rows, [args.task, way, *tools],

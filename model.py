@@ -660,10 +660,11 @@ def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
         heard = load_voice(voice, cfg.flow)
     with Hollow():
         model = Token2Wav(cfg, heard)
-    for name, load in (("flow", load_cosyvoice1), ("hift", load_hift)):
+    for name, part, load in (("flow", model.flow, load_cosyvoice1),
+                             ("hift", model.vocoder, load_hift)):
         path = os.path.join(folder, f"{name}.pt")
         with expecting(f"the {name} of CosyVoice-300M", path):
-            fit(model.flow if name == "flow" else model.vocoder, load(read_weights(path)), path)
+            fit(part, load(read_weights(path)), path)
     return model.to(device, torch.float32).eval()
 
 
