@@ -30,6 +30,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
 from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
 from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
-    generator_loss, mel_loss, mel_spectrogram
+    generator_loss, mel_loss, mel_spectrogram, stft_loss
 
 # ---------------------------------------------------------------------------------------------
 # The stages. Paper App. B.1: what is trained in each; `interleave` = share of speech answers in
@@ -81,7 +82,7 @@ STAGES = {
     "distill": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=0.5, s2t=0.1),
     "tokenizer": Stage(("s3",), budget=8000),
     "flow": Stage(("flow",), budget=3200),
-    "vocoder": Stage(("vocoder",), budget=544),
+    "vocoder": Stage(("vocoder",), budget=576),
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -500,6 +501,19 @@ class Clip:
     voice: str = ""  # a voice file, if it is not the checkpoint's own voice
 
 
+def pitch_of(clip: Clip) -> Tensor:
+    """Pitch in Hz (frames,) in the middle of each frame of a clip; 0 where unvoiced."""
+    before = min(clip.start, 0.1)  # its edges need what is around them
+    wave = data.read_wave(clip.path, data.QUERY_SR, clip.start - before,
+                          clip.start + clip.length / 100 + 0.1)
+    f0 = data.track_f0(wave.numpy())  # every 12.5 ms
+    at = ((torch.arange(clip.length) + 0.5) / 100 + before).numpy() / 0.0125
+    voiced = np.flatnonzero(f0)
+    between = np.interp(at, voiced, f0[voiced]) if len(voiced) else 0 * at
+    near = f0[at.round().astype(int).clip(0, len(f0) - 1)] > 0
+    return torch.from_numpy((between * near).astype(np.float32))
+
+
 class S3:
     """Supervised speech tokenizer: recognise the text through the codes (CTC over its bytes)."""
 
@@ -634,7 +648,8 @@ class FlowStage(Voice):
 
 
 class VocoderStage(Voice):
-    """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3)."""
+    """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). With a source
+    also 10 x multi-resolution STFT and what teaches the pitch; the source sings at the true one."""
 
     turns = ("discriminator", "generator")
 
@@ -644,7 +659,13 @@ class VocoderStage(Voice):
                                          discriminator=Discriminator(cfg.vocoder)))
         self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
         self.step, self.needs_codes = 0, args.on_flow  # the loop's
-        self.longest = self.shortest = 128 if args.on_flow else 32  # the flow wants context
+        self.longest = self.shortest = 128 if args.on_flow else 48  # the flow wants context
+
+    def collate(self, clips: list[Clip], seed: str) -> dict:
+        batch = super().collate(clips, seed)
+        if self.cfg.vocoder.harmonics:
+            batch["f0"] = torch.stack([pitch_of(clip) for clip in clips])  # (B, T)
+        return batch
 
     def heard(self, batch: dict) -> Tensor:
         """What the generator is given (B, T, M): the real mel or, with --on-flow, what the flow
@@ -659,7 +680,8 @@ class VocoderStage(Voice):
         D.requires_grad_(turn == "discriminator")
         alone = self.step <= self.args.mel_only  # mel loss first: a GAN on noise teaches nothing
         if "fake" not in batch:
-            batch["fake"] = G(self.heard(batch))
+            batch["heard"] = self.heard(batch)
+            batch["fake"] = G(batch["heard"], batch.get("f0"), first=self.step * self.longest)
         fake = batch["fake"]
         if turn == "discriminator":
             if alone:
@@ -668,6 +690,11 @@ class VocoderStage(Voice):
             return loss, {"d": (loss.detach(), 1)}
         loss = mel_loss(real, fake, self.cfg.vocoder)
         stats = {"mel": (loss.detach() / 45, 1)}  # L1 of natural-log mels
+        if "f0" in batch:
+            parts = {"stft": stft_loss(real, fake),
+                     "f0": F.l1_loss(G.pitch(batch["heard"]), batch["f0"]) / 100}
+            loss = loss + 10 * sum(parts.values())
+            stats |= {k: (v.detach(), 1) for k, v in parts.items()}
         if not alone:
             with torch.no_grad():
                 _, wanted = D(real)

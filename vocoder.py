@@ -3,7 +3,9 @@ The vocoder: mel frames -> 24 kHz waveform (last half of the paper's Token2wav m
 
 HiFi-GAN is a stack of transposed convolutions, each followed by the mean of a few residual blocks
 of different width ("multi receptive field fusion"), trained against two families of discriminators:
-one looks at the wave folded by a prime period, the other at the wave at three time scales.
+one looks at the wave folded by a prime period, the other at the wave at three time scales. Ours has
+a source, too: sines at the multiples of a predicted pitch, and noise, join every stage. A small
+HiFi-GAN cannot keep harmonics in phase from frame to frame by itself, and buzzes.
 
 Legend: B batch, N samples, T mel frames (T = N // hop), M mel bins, C channels, P period.
 Mels are time-major (B, T, M) at the border of this file, waves are (B, N). Inside, all is
@@ -15,7 +17,7 @@ al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat s
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,8 @@ SLOPE = 0.1  # of every LeakyReLU but the last one, which has torch's default 0.
 
 @dataclass
 class VocoderConfig:
-    """The defaults are our mini: HiFi-GAN V2's width at 24 kHz, with light discriminators."""
+    """The defaults are our mini: HiFi-GAN V2's width at 24 kHz, with a harmonic source and light
+    discriminators."""
 
     sample_rate: int = 24000
     n_fft: int = 1024
@@ -37,6 +40,7 @@ class VocoderConfig:
     fmin: float = 0.0
     fmax: float | None = 8000.0  # of the input mel; None = half the sample rate
     resblock: str = "1"  # "1": pairs of convolutions, "2": single ones (V3)
+    harmonics: int = 9  # sines of the source; 0: HiFi-GAN as published, without one
     channels: int = 128  # halved by every upsampling stage
     rates: tuple[int, ...] = (6, 5, 4, 2)
     kernels: tuple[int, ...] = (12, 10, 8, 4)  # twice the rate: every output sees two inputs
@@ -56,7 +60,7 @@ def hifigan(version: int, sample_rate: int = 24000) -> VocoderConfig:
         rates = (8, 8, 4) if hop == 256 else (8, 6, 5)
         size |= dict(resblock="2", mrf_kernels=(3, 5, 7), mrf_dilations=((1, 2), (2, 6), (3, 12)))
     return VocoderConfig(
-        sample_rate, hop=hop, rates=rates, kernels=tuple(2 * r for r in rates), **size,
+        sample_rate, hop=hop, harmonics=0, rates=rates, kernels=tuple(2 * r for r in rates), **size,
         mpd=(32, 128, 512, 1024, 1024),
         msd=((128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16),
              (1024, 41, 4, 16), (1024, 41, 1, 16), (1024, 5, 1, 1)))
@@ -97,7 +101,7 @@ def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -
     return mel.clamp(min=1e-5).log().transpose(1, 2)
 
 
-# ---- generator -----------------------------------------------------------------------------------
+# ---- parts ---------------------------------------------------------------------------------------
 
 class Conv1d(nn.Conv1d):
     """1-d convolution on (B, C, 1, time); pads for "same" length unless told otherwise."""
@@ -173,12 +177,73 @@ def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleLis
     return Conv1d(cfg.n_mels, cfg.channels, 7), ups, blocks
 
 
+# ---- source --------------------------------------------------------------------------------------
+
+VOICED, AMPLITUDE = 10, 0.1  # Hz; of sines
+
+
+class PitchPredictor(nn.Module):
+    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced. Sees 5 frames to each side."""
+
+    def __init__(self, n_mels: int, channels: int):
+        super().__init__()
+        widths = [n_mels] + [channels] * 4
+        pairs = ((Conv1d(c, channels, 3), nn.ELU()) for c in widths)
+        self.condnet = nn.Sequential(*(m for pair in pairs for m in pair))
+        self.classifier = nn.Linear(channels, 1)
+
+    def forward(self, mel: Tensor) -> Tensor:
+        return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
+
+
+def noise(first: int, count: int, device: torch.device) -> Tensor:
+    """Samples number `first` and following of an endless noise (count,), uniform in [-1, 1): the
+    state of splitmix64 is the number of the sample, so that a stream meets what one call does."""
+    x = torch.arange(first, first + count, device=device) * (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
+    return (x >> 40) / 2.0**23
+
+
+def excitation(f0: Tensor, cfg: VocoderConfig, phase: float, first: int) -> Tensor:
+    """Pitch (B, T) in Hz -> its multiples, 0 where unvoiced, and noise (B, harmonics + 1, 1, N).
+
+    phase: of the fundamental before the first frame, in cycles; first: number of that frame.
+    """
+    cycles = f0 / cfg.sample_rate  # a sample
+    turned = cfg.hop * cycles.double().cpu().cumsum(1).roll(1, 1)  # a long sum; not all have double
+    turned[:, 0] = 0
+    ramp = torch.arange(1, cfg.hop + 1, device=f0.device)
+    angle = (((turned + phase) % 1).to(f0)[..., None] + cycles[..., None] * ramp).flatten(1)
+    order = torch.arange(1, cfg.harmonics + 1, device=f0.device)[:, None]
+    voiced = (f0 > VOICED).repeat_interleave(cfg.hop, 1)[:, None]  # (B, 1, N)
+    sines = (2 * math.pi * (order * angle[:, None] % 1)).sin() * voiced  # (B, harmonics, N)
+    hiss = noise(first * cfg.hop, angle.size(1), f0.device).expand(len(f0), 1, -1)
+    return AMPLITUDE * torch.cat([sines, hiss], 1)[:, :, None]
+
+
+def source_downs(cfg: VocoderConfig, c_in: int) -> nn.ModuleList:
+    """The source joins each stage at that stage's rate."""
+    downs = nn.ModuleList()
+    for i in range(len(cfg.rates)):
+        c, r = cfg.channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
+        downs.append(Conv1d(c_in, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else
+                     Conv1d(c_in, c, 1))
+    return downs
+
+
+# ---- our generator -------------------------------------------------------------------------------
+
 @dataclass
 class StreamState:
-    """What a stream must remember: recent mel frames, of which the first `done` are wave by now."""
+    """What a stream must remember: recent mel frames, of which the first `done` are wave by now,
+    the pitch of these, and where the source stands."""
 
     mel: Tensor  # (1, t, M)
     done: int = 0
+    f0: Tensor | None = None  # (1, done)
+    first: int = 0  # number of the first of these frames
+    phase: float = 0.0  # of the fundamental before it, in cycles
 
 
 class Generator(nn.Module):
@@ -194,13 +259,26 @@ class Generator(nn.Module):
         self.cfg = cfg
         self.conv_pre, self.ups, self.resblocks = trunk(cfg)
         self.conv_post = Conv1d(cfg.channels >> len(cfg.rates), 1, 7)
+        if cfg.harmonics:
+            self.f0_predictor = PitchPredictor(cfg.n_mels, cfg.channels)
+            self.source_downs = source_downs(cfg, cfg.harmonics + 1)
 
-    def forward(self, mel: Tensor) -> Tensor:
-        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1)."""
+    def pitch(self, mel: Tensor) -> Tensor:
+        """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced."""
+        return self.f0_predictor(mel.transpose(1, 2)[:, :, None])
+
+    def forward(self, mel: Tensor, f0: Tensor | None = None, phase: float = 0.0, first: int = 0
+                ) -> Tensor:
+        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
+        Hz, from the given phase and number of the frame on; without f0 at the predicted one."""
+        if self.cfg.harmonics:
+            source = excitation(self.pitch(mel) if f0 is None else f0, self.cfg, phase, first)
         x = self.conv_pre(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
         n = len(self.cfg.mrf_kernels)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, C / 2, 1, time * rate)
+            if self.cfg.harmonics:
+                x = x + self.source_downs[i](source)
             x = sum(block(x) for block in self.resblocks[i * n : i * n + n]) / n
         return self.conv_post(F.leaky_relu(x)).tanh().flatten(1)  # (B, N)
 
@@ -222,7 +300,8 @@ class Generator(nn.Module):
             cut = (kernel - rate + 1) // 2
             left = (left + block + kernel - 1 - cut) // rate
             right = (right + block + rate - 1 + cut) // rate
-        return left + 3, right + 3  # conv_pre
+        own = 5 if cfg.harmonics else 0  # of the pitch; what it says reaches less far than the mel
+        return left + 3 + own, right + 3 + own  # conv_pre
 
     @torch.inference_mode()
     def stream(self, mel: Tensor, state: StreamState | None, final: bool
@@ -232,47 +311,39 @@ class Generator(nn.Module):
         The pieces join to exactly what `forward` makes of all frames at once: a frame is rendered
         as soon as its right context has arrived, with as many old frames before it as it can see.
         """
-        state = state or StreamState(mel[:, :0])
-        frames, done = torch.cat([state.mel, mel], 1), state.done
+        state = state or StreamState(mel[:, :0], f0=mel[:, :0, 0])
+        frames, done, hop = torch.cat([state.mel, mel], 1), state.done, self.cfg.hop
         left, right = self.context()
-        end = frames.size(1) if final else max(done, frames.size(1) - right)
-        hop, keep = self.cfg.hop, max(0, end - left)
-        wave = self(frames)[:, done * hop : end * hop] if end > done else frames.new_zeros(1, 0)
-        return wave, StreamState(frames[:, keep:], end - keep)
+        end = frames.size(1) if final else frames.size(1) - right
+        if end <= done:
+            return frames.new_zeros(1, 0), replace(state, mel=frames)
+        f0 = frames[..., 0] * 0
+        if self.cfg.harmonics:  # those of the first frames need others that are gone
+            f0 = torch.cat([state.f0, self.pitch(frames)[:, done:]], 1)
+        wave = self(frames, f0, state.phase, state.first)[:, done * hop : end * hop]
+        keep = max(0, end - left)
+        phase = (state.phase + f0[0, :keep].double().sum().item() * hop / self.cfg.sample_rate) % 1
+        return wave, StreamState(frames[:, keep:], end - keep, f0[:, keep:end],
+                                 state.first + keep, phase)
 
 
 # ---- HiFT: the generator of the released weights (inference only) ----------------------------
 
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
-HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003
-VOICED = 10  # Hz
+NOISE = 0.003
 
 
 def harmonics(f0: Tensor, cfg: VocoderConfig, seed: int) -> Tensor:
     """Pitch (B, T) in Hz -> its multiples with noise, or only noise (B, T * hop, 9)."""
     rng = torch.Generator().manual_seed(seed)
     f0 = f0.repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
-    order = torch.arange(1, HARMONICS + 1, device=f0.device)
+    order = torch.arange(1, cfg.harmonics + 1, device=f0.device)
     phase = (f0 / cfg.sample_rate).cumsum(1) % 1 * order  # (B, N, 9) in cycles
-    start = torch.rand(f0.size(0), 1, HARMONICS, generator=rng) - 0.5
+    start = torch.rand(f0.size(0), 1, cfg.harmonics, generator=rng) - 0.5
     start[..., 0] = 0  # all but the fundamental begin anywhere
     noise = torch.randn(phase.shape, generator=rng).to(f0.device)
     sines = AMPLITUDE * (2 * math.pi * (phase + start.to(f0.device))).sin()
     return torch.where(f0 > VOICED, sines + NOISE * noise, AMPLITUDE / 3 * noise)
-
-
-class PitchPredictor(nn.Module):
-    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced."""
-
-    def __init__(self, n_mels: int, channels: int):
-        super().__init__()
-        widths = [n_mels] + [channels] * 4
-        pairs = ((Conv1d(c, channels, 3), nn.ELU()) for c in widths)
-        self.condnet = nn.Sequential(*(m for pair in pairs for m in pair))
-        self.classifier = nn.Linear(channels, 1)
-
-    def forward(self, mel: Tensor) -> Tensor:
-        return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
 
 
 class HiFT(nn.Module):
@@ -287,15 +358,13 @@ class HiFT(nn.Module):
         self.cfg, channels, bins = cfg, cfg.channels, N_FFT + 2  # real and imaginary
         self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
         self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
-        self.m_source = nn.ModuleDict({"l_linear": nn.Linear(HARMONICS, 1)})
-        self.source_downs, self.source_resblocks = nn.ModuleList(), nn.ModuleList()
-        for i in range(len(cfg.rates)):  # the source joins each stage at that stage's rate
-            c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
-            down = Conv1d(bins, c, 2 * r, r, padding=r // 2) if r > 1 else Conv1d(bins, c, 1)
-            self.source_downs.append(down)
-            kernel = 11 if i == len(cfg.rates) - 1 else 7
-            self.source_resblocks.append(ResBlock(c, kernel, (1, 3, 5), snake=True))
-        self.conv_post = Conv1d(c, bins, 7)
+        self.m_source = nn.ModuleDict({"l_linear": nn.Linear(cfg.harmonics, 1)})
+        self.source_downs = source_downs(cfg, bins)
+        widths = [channels >> (i + 1) for i in range(len(cfg.rates))]
+        self.source_resblocks = nn.ModuleList(
+            ResBlock(c, kernel, (1, 3, 5), snake=True)
+            for c, kernel in zip(widths, [7] * (len(widths) - 1) + [11]))
+        self.conv_post = Conv1d(widths[-1], bins, 7)
 
     def forward(self, mel: Tensor, seed: int = 0) -> Tensor:
         """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
@@ -386,6 +455,18 @@ def feature_loss(real: list[Tensor], fake: list[Tensor]) -> Tensor:
 def mel_loss(real: Tensor, fake: Tensor, cfg: VocoderConfig) -> Tensor:
     """L1 between full-band log mels of two waves (B, N), with its weight of 45."""
     return 45 * F.l1_loss(mel_spectrogram(fake, cfg, True), mel_spectrogram(real, cfg, True))
+
+
+def stft_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """Spectral convergence and L1 of log magnitudes of two waves (B, N), mean over four windows
+    (Parallel WaveGAN, Yamamoto et al. 2020)."""
+    loss = 0
+    for size, hop in ((2048, 480), (1024, 240), (512, 120), (240, 50)):
+        window = torch.hann_window(size, device=real.device)
+        a, b = (torch.stft(w, size, hop, window=window, return_complex=True).abs().clamp(min=1e-4)
+                for w in (real, fake))
+        loss = loss + F.l1_loss(b.log(), a.log()) + (a - b).norm() / a.norm()
+    return loss / 4
 
 
 # ---- foreign weights -----------------------------------------------------------------------------

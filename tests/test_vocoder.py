@@ -1,5 +1,6 @@
 """The vocoder: mel against numpy, lengths, streaming, weight norm, published shapes, learning."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vocoder import (HiFT, Discriminator, Generator, StreamState, VocoderConfig,
-                     discriminator_loss, feature_loss, fold_weights, generator_loss, harmonics,
-                     hifigan, hift, load_hifigan, load_hift, mel_loss, mel_spectrogram)
+                     discriminator_loss, excitation, feature_loss, fold_weights, generator_loss,
+                     harmonics, hifigan, hift, load_hifigan, load_hift, mel_loss, mel_spectrogram,
+                     noise, stft_loss)
 
-SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8)
+SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8, harmonics=0)
 TINY = VocoderConfig(**SMALL, hop=30, rates=(5, 3, 2), kernels=(10, 6, 4))
 SINGLE = VocoderConfig(**SMALL, hop=20, rates=(5, 4), kernels=(11, 9), resblock="2",
                        mrf_kernels=(3, 5), mrf_dilations=((1, 2), (2, 6)))
+SOURCE = replace(TINY, harmonics=3)
 HIFT = VocoderConfig(22050, hop=256, n_mels=8, channels=8, rates=(8, 8), kernels=(16, 16))
 
 
@@ -110,7 +113,8 @@ def test_silence_is_the_floor():
 # generator
 
 
-@pytest.mark.parametrize("cfg", [TINY, SINGLE, VocoderConfig(), hifigan(3), hifigan(2, 22050)])
+@pytest.mark.parametrize("cfg", [TINY, SINGLE, SOURCE, VocoderConfig(), hifigan(3),
+                                 hifigan(2, 22050)])
 @pytest.mark.parametrize("frames", [1, 4])
 def test_length_is_exact(cfg, frames):
     wave = Generator(cfg)(torch.randn(2, frames, cfg.n_mels))
@@ -122,7 +126,7 @@ def test_rates_must_make_the_hop():
         Generator(VocoderConfig(rates=(8, 8, 4)))
 
 
-@pytest.mark.parametrize("cfg", [TINY, SINGLE])
+@pytest.mark.parametrize("cfg", [TINY, SINGLE, SOURCE])
 @pytest.mark.parametrize("cuts", [(), (0, 1), (7, 30, 31), tuple(range(1, 60)), (59,)])
 def test_stream_joins_to_the_offline_wave(cfg, cuts):
     model = Generator(cfg).eval()
@@ -137,6 +141,48 @@ def test_stream_joins_to_the_offline_wave(cfg, cuts):
     offline = model(mel).detach()
     assert offline.std() > 0.01
     assert torch.allclose(torch.cat(pieces, 1), offline, atol=1e-4)
+
+
+def sung(cfg, hertz):
+    """A generator whose pitch moves around hertz (silent sines below 10)."""
+    model = Generator(cfg).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    torch.nn.init.normal_(model.f0_predictor.classifier.weight, std=5.0)
+    torch.nn.init.constant_(model.f0_predictor.classifier.bias, hertz)
+    return model
+
+
+def test_a_streamed_source_keeps_its_phase_and_its_noise():
+    """Five frames to each side decide the pitch, all frames before it the phase."""
+    model, mel, state, pieces = sung(SOURCE, 200.0), torch.randn(1, 400, 8), None, []
+    for start in range(0, 400, 7):
+        wave, state = model.stream(mel[:, start:start + 7], state, final=start + 7 >= 400)
+        pieces.append(wave)
+        assert state.mel.size(1) <= sum(model.context()) + 7
+    f0 = model.pitch(mel)
+    assert f0.std() > 1 and state.first + state.done == 400
+    turned = (f0.double().sum().item() * SOURCE.hop / SOURCE.sample_rate) % 1
+    rest = state.f0.double().sum().item() * SOURCE.hop / SOURCE.sample_rate
+    assert abs((state.phase + rest - turned + 0.5) % 1 - 0.5) < 1e-4
+    torch.testing.assert_close(torch.cat(pieces, 1), model(mel), atol=1e-4, rtol=0)
+    moved = model(mel[:, 100:])[:, 600:]  # without what was before it is another wave
+    assert not torch.allclose(moved, model(mel)[:, 3600:], atol=1e-2)
+
+
+def test_the_source_sings_where_it_is_voiced():
+    cfg = replace(VocoderConfig(), harmonics=3)
+    f0 = torch.tensor([[240.0] * 50 + [0.0] * 50])
+    source = excitation(f0, cfg, 0.25, 0)[0, :, 0]  # (4, N)
+    at = torch.arange(1, 12001) / 24000
+    for n in (1, 2, 3):
+        want = 0.1 * (2 * torch.pi * n * (240 * at + 0.25)).sin()
+        torch.testing.assert_close(source[n - 1, :12000], want, atol=1e-4, rtol=0)
+    assert not source[:3, 12000:].any() and source[3].abs().max() <= 0.1
+    hiss = noise(0, 100000, f0.device)
+    assert torch.equal(noise(70000, 9, f0.device), hiss[70000:70009])
+    assert abs(hiss.mean()) < 0.01 and abs(hiss.std() - 3 ** -0.5) < 0.01
+    assert torch.fft.rfft(hiss).abs()[1:].max() < 5 * (len(hiss) / 3) ** 0.5
 
 
 def test_stream_emits_as_soon_as_the_right_context_is_there():
@@ -275,8 +321,8 @@ def test_hift_is_cosyvoices():
 @pytest.mark.parametrize("kind, dilations", [("1", ((1, 3, 5),) * 2), ("2", ((1, 2), (2, 6)))])
 def test_hifigan_is_the_original(kind, dilations):
     held = golden("hifigan")
-    model = Generator(VocoderConfig(hop=8, channels=8, rates=(4, 2), kernels=(8, 4), resblock=kind,
-                                    mrf_kernels=(3, 5), mrf_dilations=dilations))
+    model = Generator(VocoderConfig(hop=8, harmonics=0, channels=8, rates=(4, 2), kernels=(8, 4),
+                                    resblock=kind, mrf_kernels=(3, 5), mrf_dilations=dilations))
     model.load_state_dict(fold_weights({k[2:]: w for k, w in held.items()
                                         if k.startswith(kind)}))
     torch.testing.assert_close(model(held["mel"]), held[f"wave.{kind}"], atol=1e-5, rtol=0)
@@ -312,6 +358,9 @@ def test_losses_know_the_perfect_score():
     assert generator_loss(one) == 0 and generator_loss(zero) == 1
     assert feature_loss(features, features) == 0
     assert mel_loss(torch.ones(1, 600), torch.ones(1, 600), TINY) == 0
+    wave = torch.randn(2, 4000)
+    assert stft_loss(wave, wave) == 0 and stft_loss(wave, 0.9 * wave).isclose(
+        torch.tensor(0.1 - np.log(0.9)).float(), atol=1e-3)
 
 
 def test_mel_loss_shrinks_on_one_batch():
