@@ -1139,7 +1139,7 @@ def plan_ask(index: int, name: str, pools: dict, bank: dict, seed: int) -> dict:
 
 
 def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool) -> list[dict]:
-    """n train dialogues (+1 % spare for rejects), 600 test ones and n / 2 drills, or a small model
+    """n train dialogues (+1 % spare for rejects), 600 test ones and 1.5 n drills, or a small model
     learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
     rows, voices = sentences(scenes), [v for v in voice_table() if v["engine"] in engines]
     pools = {split: [[x for x in table if x["split"] == split] for table in (rows, voices)]
@@ -1157,7 +1157,7 @@ def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool)
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
                              for k in ("query", "reply")})
     return items + [plan_item(len(items) + i, "train", "drill", pools, bank, seed)
-                    for i in range(0 if bench else n // 2)]
+                    for i in range(0 if bench else n * 3 // 2)]
 
 
 def reply_path(text: str, emotion: str) -> str:

@@ -12,15 +12,17 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 
 import train
 from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, save_weights,
                    think_length, user_prompt)
-from train import (NEVER, PARTS, STAGES, Dialogue, Sample, Stage, interleave, learning_rate,
-                   orthogonal, said_at, sequence, tagless)
+from train import (NEVER, PARTS, STAGES, Clip, Dialogue, Sample, Stage, interleave, learning_rate,
+                   orthogonal, pitch_of, said_at, sequence, tagless)
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -428,6 +430,21 @@ def test_the_flow_trains_on_every_voice_and_tells_how_well_it_speaks(run, spoken
     assert told == (made - mel[:1]).abs().mean() and log(trainer)[-1]["valid_mel"] > 0
     batch["voices"].reverse()
     assert not torch.allclose(trainee.render(batch, 0), made, atol=0.01)
+
+
+def test_the_source_sings_at_the_pitch_of_the_wave(tmp_path):
+    """A voice that rises from 100 to 300 Hz, then hisses: Hz at the middle of each frame."""
+    at = np.arange(24000) / 24000
+    hertz = 100 + 200 * at
+    turned = 2 * np.pi * np.cumsum(hertz) / 24000
+    wave = 0.1 * sum(np.sin(n * turned) for n in range(1, 6))
+    wave[18000:] = 0.1 * np.random.default_rng(0).standard_normal(6000)
+    soundfile.write(tmp_path / "rise.wav", wave, 24000)
+    f0 = pitch_of(Clip(str(tmp_path / "rise.wav"), 0.3, 48)).numpy()
+    want = np.interp(np.arange(48) / 100 + 0.305, at, hertz)
+    assert f0.shape == (48,) and (np.abs(f0 - want)[:40] < 0.04 * want[:40]).all()
+    assert not pitch_of(Clip(str(tmp_path / "rise.wav"), 0.8, 15)).any()
+    assert pitch_of(Clip(str(tmp_path / "rise.wav"), 0.0, 4)).shape == (4,)
 
 
 def test_vocoder_on_the_flows_own_mels(run, spoken, checkpoint):
