@@ -15,7 +15,7 @@ al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat s
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -246,19 +246,20 @@ class Generator(nn.Module):
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
 HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003
 VOICED = 10  # Hz
+PITCH_REACH, REACH = 5, 20  # frames on either side that pitch, that a sample depends on
 
 
-def harmonics(f0: Tensor, cfg: VocoderConfig, seed: int) -> Tensor:
-    """Pitch (B, T) in Hz -> its multiples with noise, or only noise (B, T * hop, 9)."""
-    rng = torch.Generator().manual_seed(seed)
-    f0 = f0.repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
-    order = torch.arange(1, HARMONICS + 1, device=f0.device)
-    phase = (f0 / cfg.sample_rate).cumsum(1) % 1 * order  # (B, N, 9) in cycles
-    start = torch.rand(f0.size(0), 1, HARMONICS, generator=rng) - 0.5
-    start[..., 0] = 0  # all but the fundamental begin anywhere
-    noise = torch.randn(phase.shape, generator=rng).to(f0.device)
-    sines = AMPLITUDE * (2 * math.pi * (phase + start.to(f0.device))).sin()
-    return torch.where(f0 > VOICED, sines + NOISE * noise, AMPLITUDE / 3 * noise)
+def harmonics(f0: Tensor, cfg: VocoderConfig, phase: Tensor, rng: torch.Generator
+              ) -> tuple[Tensor, Tensor]:
+    """Pitch (B, T) in Hz -> its multiples with noise, or only noise (B, T * hop, 9); and where they
+    stand at the end, as `phase` says where they begin (B, 1, 9), in cycles. In float64 and on the
+    CPU: phases are sums over a whole reply."""
+    f0 = f0.cpu().repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
+    order = torch.arange(1, HARMONICS + 1)
+    phase = ((f0.double() / cfg.sample_rate).cumsum(1) * order + phase) % 1  # (B, N, 9)
+    noise = torch.randn(phase.shape, generator=rng)
+    sines = AMPLITUDE * (2 * math.pi * phase.float()).sin()
+    return torch.where(f0 > VOICED, sines + NOISE * noise, AMPLITUDE / 3 * noise), phase[:, -1:]
 
 
 class PitchPredictor(nn.Module):
@@ -273,6 +274,17 @@ class PitchPredictor(nn.Module):
 
     def forward(self, mel: Tensor) -> Tensor:
         return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
+
+
+@dataclass
+class HiFTState:
+    """What a stream of HiFT must remember: more than HiFi-GAN, for phase and noise go on."""
+
+    mel: Tensor  # (B, t, M) recent frames
+    source: Tensor  # (B, n) of the first n / hop of them
+    phase: Tensor  # (B, 1, 9) at the end of `source`
+    rng: Tensor  # state of the generator of noise there
+    done: int = 0  # frames of `mel` that are wave by now
 
 
 class HiFT(nn.Module):
@@ -299,9 +311,30 @@ class HiFT(nn.Module):
 
     def forward(self, mel: Tensor, seed: int = 0) -> Tensor:
         """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
-        mel = mel.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
-        source = harmonics(self.f0_predictor(mel), self.cfg, seed)  # (B, N, 9)
-        return self.filter(mel, self.m_source["l_linear"](source).tanh().squeeze(2))
+        return self.stream(mel, None, True, seed)[0]
+
+    @torch.inference_mode()
+    def stream(self, mel: Tensor, state: HiFTState | None, final: bool, seed: int = 0
+               ) -> tuple[Tensor, HiFTState]:
+        """Next mel frames (B, t, M), t >= 0 -> the wave (B, n) that is certain by now, new state.
+        As of HiFi-GAN, the pieces join to exactly what one call makes of all frames."""
+        rng = torch.Generator().manual_seed(seed)
+        if state is None:  # all but the fundamental begin anywhere
+            phase = F.pad(torch.rand(len(mel), 1, HARMONICS - 1, generator=rng), (1, 0))
+            state = HiFTState(mel[:, :0], mel.new_zeros(len(mel), 0), phase, rng.get_state())
+        frames, hop, done = torch.cat([state.mel, mel], 1), self.cfg.hop, state.done
+        end = frames.size(1) if final else frames.size(1) - REACH
+        if end <= done:
+            return mel.new_zeros(len(mel), 0), replace(state, mel=frames)
+        known, sure = state.source.size(1) // hop, frames.size(1) - (0 if final else PITCH_REACH)
+        rng.set_state(state.rng)
+        x = frames.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
+        new, phase = harmonics(self.f0_predictor(x)[:, known:sure], self.cfg, state.phase, rng)
+        new = self.m_source["l_linear"](new.to(mel)).tanh().squeeze(2)
+        source, keep = torch.cat([state.source, new], 1), max(0, end - REACH)
+        wave = self.filter(x[..., :sure], source)[:, done * hop:end * hop]
+        return wave, HiFTState(frames[:, keep:], source[:, keep * hop:], phase, rng.get_state(),
+                               end - keep)
 
     def filter(self, mel: Tensor, source: Tensor) -> Tensor:
         """Mel (B, M, 1, T), source (B, N) -> wave (B, N)."""
