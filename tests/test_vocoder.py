@@ -246,10 +246,48 @@ def test_hift_is_exact_in_length_and_a_function_of_its_seed():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def loud_hift():
+    """Voiced at about 150 Hz, and loud enough for a wrong seam to show, but not clipped."""
+    model = HiFT(HIFT).eval()
+    for p in model.parameters():
+        if p.dim() > 1:
+            torch.nn.init.normal_(p, std=p[0].numel() ** -0.5)
+    model.conv_post.weight.data *= 0.3
+    model.f0_predictor.classifier.bias.data += 150
+    return model
+
+
+@pytest.mark.parametrize("cuts", [(0, 1), (30, 31, 80), tuple(range(1, 90)), (89,)])
+def test_hift_stream_joins_to_the_offline_wave(cuts):
+    """Phase and noise go on where the last piece stopped; neither they nor a state are used up."""
+    model, mel = loud_hift(), torch.randn(1, 90, 8)
+    edges, state, pieces = [0, *cuts, 90], None, []
+    for start, end in zip(edges, edges[1:]):
+        piece = mel[:, start:end], state, end == 90
+        wave, state = model.stream(*piece)
+        pieces.append(wave)
+        assert state.mel.size(1) <= 40 + end - start
+        assert torch.equal(model.stream(*piece)[0], wave)
+    offline = model(mel)
+    assert 0.05 < offline.std() < 0.5
+    torch.testing.assert_close(torch.cat(pieces, 1), offline, atol=1e-5, rtol=0)
+
+
+def test_hift_emits_as_soon_as_the_right_context_is_there():
+    model, mel = loud_hift(), torch.randn(1, 43, 8)
+    wave, state = model.stream(mel[:, :20], None, False)
+    assert wave.shape == (1, 0)
+    wave, state = model.stream(mel[:, 20:], state, False)
+    assert wave.shape == (1, 23 * 256)
+    assert model.stream(mel[:, :0], state, True)[0].shape == (1, 20 * 256)
+    assert model.stream(mel[:, :0], None, True)[0].shape == (1, 0)
+
+
 def test_harmonics_sound_where_they_should():
     cfg = hift()
     f0 = torch.tensor([[220.5] * 40 + [0.0] * 40])
-    source = harmonics(f0, cfg, seed=0)[0]  # (N, 9)
+    begin, rng = torch.zeros(1, 1, 9), torch.Generator().manual_seed(0)
+    source = harmonics(f0, cfg, begin, rng)[0][0]  # (N, 9)
     voiced, silent = source[:10000], source[40 * 256 :]  # 10,000 samples: 100 periods, exactly
     peaks = torch.fft.rfft(voiced, dim=0).abs().argmax(0) * cfg.sample_rate / 10000
     assert torch.allclose(peaks, 220.5 * torch.arange(1, 10))
