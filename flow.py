@@ -22,8 +22,8 @@ from torch import Tensor
 
 NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
-FIRST, HOP = 12, 48  # codes a window of CosyVoice 1 adds, the first and in the end
-EDGE = 20         # codes of a window before and, at most, after these; the released overlap
+FIRST, HOP = 12, 48  # codes that a window of CosyVoice 1 adds, at first and at most
+EDGE = 20         # codes before these that it sees, and at most after: the released overlap
 
 
 # ---- primitives
@@ -529,8 +529,8 @@ class Flow(nn.Module):
                        for a, b in ((0, known), (known + first, known + last))], 1)
         x = self.solve(z, mu, state, 0, 0, [None] * state.steps)[:, known + now - first:]
         held = state.tail.shape[1]
-        fade = (torch.arange(held, device=x.device) + 0.5) / held
-        x[:, :held] = state.tail.lerp(x[:, :held], fade[:, None])
+        fade = (torch.arange(held, device=x.device)[:, None] + 0.5) / held
+        x[:, :held] = state.tail.lerp(x[:, :held], fade)
         return x[:, :end - now], replace(
             state, codes=state.codes[:, max(0, before + hop - EDGE):], done=done + hop,
             tail=x[:, end - now:].clone())
@@ -539,12 +539,12 @@ class Flow(nn.Module):
               tapes: list[Tape | None]) -> Tensor:
         """Euler's method from noise x to mel for the frames of mu (1, T, M), the first of which is
         frame `start`. The cosine grid takes its small steps first, where the path is undecided."""
-        frames, rows = mu.shape[1], 2 if state.cfg else 1  # second row: no condition, for guidance
+        x, frames = x.to(mu), mu.shape[1]
+        rows = 2 if state.cfg else 1  # the second has no condition, for guidance
         known = state.prompt[:, start:start + frames]
         cond = F.pad(known, (0, 0, 0, frames - known.shape[1]))
         fade = torch.tensor([1.0, 0.0], device=mu.device, dtype=mu.dtype)[:rows, None]
         mu, cond, spk = mu * fade[..., None], cond * fade[..., None], state.spk * fade
-        x = x.to(mu)
         grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
         for tape, t, t_next in zip(tapes, grid, grid[1:]):
             v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), past=past,
@@ -579,12 +579,6 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) under the names of Flow(FlowConfig.cosyvoice1()). Whoever
     loads the result sees whether all is there, and nothing else."""
-    found = {}
-    for key in state:
-        name = key
-        for old, new in COSYVOICE1:
-            name = name.replace(old, new)
-        if name in found:
-            raise ValueError(f"{key}: twice in this file")
-        found[name] = state[key]
-    return found
+    for old, new in COSYVOICE1:
+        state = {name.replace(old, new): w for name, w in state.items()}
+    return state
