@@ -22,6 +22,8 @@ from torch import Tensor
 
 NOISE_BLOCK = 64  # frames of noise drawn from one seed
 SEGMENT = 16      # chunks rendered together when many are at hand; bounds memory for any length
+FIRST, HOP = 12, 48  # codes that a window of CosyVoice 1 adds, at first and at most
+EDGE = 20         # codes before these that it sees, and at most after: the released overlap
 
 
 # ---- primitives
@@ -93,7 +95,7 @@ def stretch(x: Tensor, frames: int) -> Tensor:
 
 def noise(seed: int, start: int, stop: int, mel: int) -> Tensor:
     """Noise of frames start..stop (1, stop - start, M): the same whoever asks, in any pieces."""
-    first, end = start // NOISE_BLOCK, -(-stop // NOISE_BLOCK)
+    first, end = start // NOISE_BLOCK, stop // NOISE_BLOCK + 1
     blocks = [torch.randn(NOISE_BLOCK, mel, generator=torch.Generator().manual_seed(
         (seed * 1_000_003 + i) % 2**63)) for i in range(first, end)]
     return torch.cat(blocks)[None, start - first * NOISE_BLOCK:stop - first * NOISE_BLOCK]
@@ -352,16 +354,18 @@ class Estimator(nn.Module):
 @dataclass
 class FlowState:
     """What streaming remembers. Never changed in place, so that one state, which has heard the
-    prompt, can begin any number of replies; of constant size if the flow is causal."""
+    prompt, can begin any number of replies; of a size that does not grow with the reply."""
     spk: Tensor  # (1, M) projected
     prompt: Tensor  # (1, P, M) normalised mel of the prompt
     steps: int
     cfg: float
     seed: int
-    codes: Tensor  # (1, n) not rendered yet, and up to `look_ahead` rendered neighbours before
-    done: int = 0  # codes rendered, the prompt's included
+    codes: Tensor  # (1, n) not rendered yet, and up to `look_ahead` or EDGE rendered ones before
+    done: int = 0  # codes rendered; of a causal flow, the prompt's included
     encoder: list[Tensor] = field(default_factory=list)  # tape: keys, values (1, reach, D)
     solver: list[list[Tensor]] = field(default_factory=list)  # a tape an Euler step (2, n, D)
+    heard: Tensor | None = None  # only full context: codes of the prompt (1, P)
+    tail: Tensor | None = None  # only full context: what the last window made of later codes
 
 
 class Flow(nn.Module):
@@ -375,7 +379,7 @@ class Flow(nn.Module):
         self.regulator = None if cfg.causal else Regulator(cfg.mel)
         self.estimator = Estimator(cfg)
         # codes to hand to `stream` at a time: three chunks, a good part of the speed of many
-        self.hop_codes = max(1, 3 * cfg.chunk_codes)
+        self.hop_codes = 3 * cfg.chunk_codes if cfg.causal else FIRST + FIRST // 2
 
     def forward(self, codes: Tensor, code_lengths: Tensor, mel: Tensor,
                 spk: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,34 +462,33 @@ class Flow(nn.Module):
         if self.cfg.causal:
             prompt_mel = prompt_mel[:, :need]
         state = FlowState(self.voice(spk), self.normalise(prompt_mel), steps, cfg, seed,
-                          prompt_codes[:, :0])
-        state = self.stream(prompt_codes, state, final=False)[1]
-        return state if self.cfg.causal else replace(state, done=n)
+                          prompt_codes[:, :0], 0, [], [], self.check(prompt_codes),
+                          prompt_mel[:, :0])
+        return self.stream(prompt_codes, state, final=False)[1] if self.cfg.causal else state
 
     @torch.no_grad()
     def stream(self, codes: Tensor, state: FlowState, final: bool) -> tuple[Tensor, FlowState]:
         """More codes (1, n >= 0) -> the mel now certain (1, T >= 0, M), state. In sum exactly what
-        `generate` returns. A chunk leaves once `look_ahead` codes after it are there, the rest
-        with `final`. Without causality all mel depends on all codes and leaves with `final`."""
-        cfg, mels = self.cfg, [state.prompt[:, :0]]
+        `generate` returns, if the flow is causal: a chunk leaves once `look_ahead` codes after it
+        are there, the rest with `final`. Of full context: of the same length, and near it."""
         state = replace(state, codes=torch.cat([state.codes, self.check(codes)], 1))
-        if final and not cfg.causal:
-            mels.append(self.offline(state))
-        while cfg.causal:
-            before = min(state.done, cfg.look_ahead)
-            n = state.codes.shape[1] - before
-            if not final:
-                n = max(0, n - cfg.look_ahead) // cfg.chunk_codes * cfg.chunk_codes
-            if n == 0:
-                break
-            mel, state = self.segment(state, before, min(n, SEGMENT * cfg.chunk_codes))
+        render, mels, done = self.segment if self.cfg.causal else self.window, [], None
+        while done != state.done:
+            done = state.done
+            mel, state = render(state, final)
             mels.append(mel)
         return self.denormalise(torch.cat(mels, 1)), state
 
-    def segment(self, state: FlowState, before: int, n: int) -> tuple[Tensor, FlowState]:
-        """Render the next n codes, whole chunks unless the reply ends with them; `before` rendered
-        codes are still at hand as neighbours."""
+    def segment(self, state: FlowState, final: bool) -> tuple[Tensor, FlowState]:
+        """Render whole chunks whose neighbours are there, `final` all codes, up to a bound."""
         cfg, ahead = self.cfg, self.cfg.look_ahead
+        before = min(state.done, ahead)  # rendered codes still at hand as neighbours
+        n = state.codes.shape[1] - before
+        if not final:
+            n = max(0, n - ahead) // cfg.chunk_codes * cfg.chunk_codes
+        if n == 0:
+            return state.prompt[:, :0], state
+        n = min(n, SEGMENT * cfg.chunk_codes)
         seen = state.codes[:, :before + n + ahead]
         pad = (ahead - before, before + n + ahead - seen.shape[1])
         reach = cfg.left_chunks * cfg.chunk_codes
@@ -494,37 +497,54 @@ class Flow(nn.Module):
         mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
         mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)
-        x = self.solve(mu, state, start, cfg.frames(past), tapes)
+        z = noise(state.seed, start, start + mu.shape[1], cfg.mel)
+        x = self.solve(z, mu, state, start, cfg.frames(past), tapes)
         drop = max(0, before + n - ahead)
         state = replace(state, codes=state.codes[:, drop:], done=state.done + n, encoder=tape.new,
                         solver=[t.new for t in tapes])
         return x[:, max(0, state.prompt.shape[1] - start):], state
 
-    def offline(self, state: FlowState) -> Tensor:
-        """CosyVoice 1 on all codes at once -> normalised mel (1, T, M). Prompt and reply are
-        stretched apart, and so are the first and last 20 codes of a long reply, as released."""
-        n, known = state.codes.shape[1] - state.done, state.prompt.shape[1]
-        if n == 0:
-            return state.prompt[:, :0]
-        h = self.mu_proj(self.encoder(self.embed(state.codes)))  # (1, P + L, M)
-        parts = [stretch(h[:, :-n], known)] if known else []
-        h, frames, edge = h[:, -n:], self.cfg.frames(n), self.cfg.frames(20)
-        if n > 40:
-            parts += [stretch(h[:, :20], edge), stretch(h[:, 20:-20], frames - 2 * edge)]
-            h, frames = h[:, -20:], edge
-        mu = self.regulator(torch.cat(parts + [stretch(h, frames)], 1))
-        return self.solve(mu, state, 0, 0, [None] * state.steps)[:, known:]
+    def window(self, state: FlowState, final: bool) -> tuple[Tensor, FlowState]:
+        """Full context, CosyVoice 1: all codes at once where `final` finds nothing rendered, else
+        windows of prompt, rendered codes, new ones and some ahead, whose mel is held back and faded
+        into what the next window makes of them. Every frame has its own noise in all windows; the
+        released code keeps it for 34 frames of overlap, 20 codes at 50 Hz, whatever the rate."""
+        done, known, frames = state.done, state.prompt.shape[1], self.cfg.frames
+        before, hop = min(done, EDGE), min(max(done, FIRST), HOP)
+        n, ahead = state.codes.shape[1] - before, min(hop // 2, EDGE)
+        if n < hop + ahead or final and not done:
+            hop, ahead = n if final else 0, 0
+        if hop == 0:
+            return state.prompt[:, :0], state
+        codes = torch.cat([state.heard, state.codes[:, :before + hop + ahead]], 1)
+        first, now, end, last = map(frames, (done - before, done, done + hop, done + hop + ahead))
+        h = self.mu_proj(self.encoder(self.embed(codes)))
+        n, size, edge = before + hop + ahead, last - first, frames(EDGE)
+        # Prompt and reply are stretched apart, and so are both ends of a long reply, as released.
+        long = n > 2 * EDGE
+        parts = h.split([state.heard.shape[1], *([EDGE, n - 2 * EDGE, EDGE] if long else [n])], 1)
+        sizes = [known, *([edge, size - 2 * edge, edge] if long else [size])]
+        mu = self.regulator(torch.cat([stretch(h, t) for h, t in zip(parts, sizes) if t], 1))
+        z = torch.cat([noise(state.seed, a, b, self.cfg.mel)
+                       for a, b in ((0, known), (known + first, known + last))], 1)
+        x = self.solve(z, mu, state, 0, 0, [None] * state.steps)[:, known + now - first:]
+        held = state.tail.shape[1]
+        fade = (torch.arange(held, device=x.device)[:, None] + 0.5) / held
+        x[:, :held] = state.tail.lerp(x[:, :held], fade)
+        return x[:, :end - now], replace(
+            state, codes=state.codes[:, max(0, before + hop - EDGE):], done=done + hop,
+            tail=x[:, end - now:].clone())
 
-    def solve(self, mu: Tensor, state: FlowState, start: int, past: int,
+    def solve(self, x: Tensor, mu: Tensor, state: FlowState, start: int, past: int,
               tapes: list[Tape | None]) -> Tensor:
-        """Euler's method from noise to mel for the frames of mu (1, T, M), the first of which is
+        """Euler's method from noise x to mel for the frames of mu (1, T, M), the first of which is
         frame `start`. The cosine grid takes its small steps first, where the path is undecided."""
-        frames, rows = mu.shape[1], 2 if state.cfg else 1  # second row: no condition, for guidance
+        x, frames = x.to(mu), mu.shape[1]
+        rows = 2 if state.cfg else 1  # the second has no condition, for guidance
         known = state.prompt[:, start:start + frames]
         cond = F.pad(known, (0, 0, 0, frames - known.shape[1]))
         fade = torch.tensor([1.0, 0.0], device=mu.device, dtype=mu.dtype)[:rows, None]
         mu, cond, spk = mu * fade[..., None], cond * fade[..., None], state.spk * fade
-        x = noise(state.seed, start, start + frames, self.cfg.mel).to(mu)
         grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
         for tape, t, t_next in zip(tapes, grid, grid[1:]):
             v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), past=past,
@@ -559,12 +579,6 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) under the names of Flow(FlowConfig.cosyvoice1()). Whoever
     loads the result sees whether all is there, and nothing else."""
-    found = {}
-    for key in state:
-        name = key
-        for old, new in COSYVOICE1:
-            name = name.replace(old, new)
-        if name in found:
-            raise ValueError(f"{key}: twice in this file")
-        found[name] = state[key]
-    return found
+    for old, new in COSYVOICE1:
+        state = {name.replace(old, new): w for name, w in state.items()}
+    return state

@@ -402,10 +402,7 @@ class Token2Wav(nn.Module):
         mel_state, wave_state = state
         codes = torch.tensor([codes], dtype=torch.long, device=next(self.parameters()).device)
         mel, mel_state = self.flow.stream(codes, mel_state, final)
-        if isinstance(self.vocoder, HiFT):  # its flow gives all mel at once, at the end
-            wave = self.vocoder(mel) if mel.shape[1] else mel.new_zeros(1, 0)
-        else:
-            wave, wave_state = self.vocoder.stream(mel, wave_state, final)
+        wave, wave_state = self.vocoder.stream(mel, wave_state, final)
         return wave[0].cpu(), (mel_state, wave_state)
 
 

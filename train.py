@@ -681,7 +681,7 @@ class VocoderStage(Voice):
         alone = self.step <= self.args.mel_only  # mel loss first: a GAN on noise teaches nothing
         if "fake" not in batch:
             batch["heard"] = self.heard(batch)
-            batch["fake"] = G(batch["heard"], batch.get("f0"), first=self.step * self.longest)
+            batch["fake"] = G(batch["heard"], batch.get("f0"), self.step)
         fake = batch["fake"]
         if turn == "discriminator":
             if alone:

@@ -180,10 +180,11 @@ def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleLis
 # ---- source --------------------------------------------------------------------------------------
 
 VOICED, AMPLITUDE = 10, 0.1  # Hz; of sines
+PITCH_REACH = 5  # frames on either side that a pitch depends on
 
 
 class PitchPredictor(nn.Module):
-    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced. Sees 5 frames to each side."""
+    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced."""
 
     def __init__(self, n_mels: int, channels: int):
         super().__init__()
@@ -196,30 +197,14 @@ class PitchPredictor(nn.Module):
         return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
 
 
-def noise(first: int, count: int, device: torch.device) -> Tensor:
-    """Samples number `first` and following of an endless noise (count,), uniform in [-1, 1): the
-    state of splitmix64 is the number of the sample, so that a stream meets what one call does."""
-    x = torch.arange(first, first + count, device=device) * (0x9E3779B97F4A7C15 - 2**64)
-    x = (x ^ (x >> 30 & 2**34 - 1)) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = (x ^ (x >> 27 & 2**37 - 1)) * (0x94D049BB133111EB - 2**64)
-    return (x >> 40) / 2.0**23
-
-
-def excitation(f0: Tensor, cfg: VocoderConfig, phase: float, first: int) -> Tensor:
-    """Pitch (B, T) in Hz -> its multiples, 0 where unvoiced, and noise (B, harmonics + 1, 1, N).
-
-    phase: of the fundamental before the first frame, in cycles; first: number of that frame.
-    """
-    cycles = f0 / cfg.sample_rate  # a sample
-    turned = cfg.hop * cycles.double().cpu().cumsum(1).roll(1, 1)  # a long sum; not all have double
-    turned[:, 0] = 0
-    ramp = torch.arange(1, cfg.hop + 1, device=f0.device)
-    angle = (((turned + phase) % 1).to(f0)[..., None] + cycles[..., None] * ramp).flatten(1)
-    order = torch.arange(1, cfg.harmonics + 1, device=f0.device)[:, None]
-    voiced = (f0 > VOICED).repeat_interleave(cfg.hop, 1)[:, None]  # (B, 1, N)
-    sines = (2 * math.pi * (order * angle[:, None] % 1)).sin() * voiced  # (B, harmonics, N)
-    hiss = noise(first * cfg.hop, angle.size(1), f0.device).expand(len(f0), 1, -1)
-    return AMPLITUDE * torch.cat([sines, hiss], 1)[:, :, None]
+def sines(f0: Tensor, cfg: VocoderConfig, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pitch (B, T) in Hz -> its multiples (B, T * hop, harmonics), where it is voiced (B, T * hop,
+    1), and the phases at the end, as `phase` says where they begin (B, 1, harmonics), in cycles.
+    In float64 and on the CPU: phases are sums over a whole reply."""
+    f0 = f0.cpu().repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
+    order = torch.arange(1, cfg.harmonics + 1)
+    phase = ((f0.double() / cfg.sample_rate).cumsum(1) * order + phase) % 1  # (B, N, harmonics)
+    return AMPLITUDE * (2 * math.pi * phase.float()).sin(), f0 > VOICED, phase[:, -1:]
 
 
 def source_downs(cfg: VocoderConfig, c_in: int) -> nn.ModuleList:
@@ -232,21 +217,65 @@ def source_downs(cfg: VocoderConfig, c_in: int) -> nn.ModuleList:
     return downs
 
 
-# ---- our generator -------------------------------------------------------------------------------
+# ---- generators ----------------------------------------------------------------------------------
 
 @dataclass
 class StreamState:
-    """What a stream must remember: recent mel frames, of which the first `done` are wave by now,
-    the pitch of these, and where the source stands."""
+    """What a stream must remember. Never changed in place."""
 
-    mel: Tensor  # (1, t, M)
-    done: int = 0
-    f0: Tensor | None = None  # (1, done)
-    first: int = 0  # number of the first of these frames
-    phase: float = 0.0  # of the fundamental before it, in cycles
+    mel: Tensor  # (1, t, M) recent frames
+    source: Tensor  # (1, n, C) of the first n / hop of them
+    phase: Tensor  # (1, 1, harmonics) at the end of `source`
+    rng: Tensor  # state of the generator of noise there
+    done: int = 0  # frames of `mel` that are wave by now
 
 
-class Generator(nn.Module):
+class Vocoder(nn.Module):
+    """What HiFi-GAN and HiFT share: mel -> pitch -> source, and both -> wave; at once or in pieces.
+
+    Each says where phases `begin`, what the source is made of (`excite`), its `context`, and how
+    mel and source become a wave (`filter`)."""
+
+    def pitch(self, mel: Tensor) -> Tensor:
+        """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced; without a source, 0."""
+        if not self.cfg.harmonics:
+            return mel.new_zeros(mel.shape[:2])
+        return self.f0_predictor(mel.transpose(1, 2)[:, :, None])
+
+    def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int = 0) -> Tensor:
+        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
+        Hz, or at the predicted one; `seed` draws its noise."""
+        rng = torch.Generator().manual_seed(seed)
+        f0 = self.pitch(mel) if f0 is None else f0
+        return self.filter(mel, self.excite(f0, self.begin(len(mel), rng), rng)[0])
+
+    @torch.inference_mode()
+    def stream(self, mel: Tensor, state: StreamState | None, final: bool, seed: int = 0
+               ) -> tuple[Tensor, StreamState]:
+        """Next mel frames (1, t, M), t >= 0 -> the wave (1, n) that is certain by now, new state.
+
+        The pieces join to exactly what `forward` makes of all frames at once: a frame is rendered
+        as soon as its right context has arrived, with as many old frames before it as it can see.
+        """
+        rng, (left, right) = torch.Generator().manual_seed(seed), self.context()
+        if state is None:
+            phase = self.begin(len(mel), rng)
+            empty, _ = self.excite(mel[:, :0, 0], phase, rng)
+            state = StreamState(mel[:, :0], empty, phase, rng.get_state())
+        frames, hop, done = torch.cat([state.mel, mel], 1), self.cfg.hop, state.done
+        end = frames.size(1) if final else frames.size(1) - right
+        if end <= done:
+            return mel.new_zeros(len(mel), 0), replace(state, mel=frames)
+        known, sure = state.source.size(1) // hop, frames.size(1) - (0 if final else PITCH_REACH)
+        rng.set_state(state.rng)
+        new, phase = self.excite(self.pitch(frames)[:, known:sure], state.phase, rng)
+        source, keep = torch.cat([state.source, new], 1), max(0, end - left)
+        wave = self.filter(frames[:, :sure], source)[:, done * hop:end * hop]
+        return wave, StreamState(frames[:, keep:], source[:, keep * hop:], phase, rng.get_state(),
+                                 end - keep)
+
+
+class Generator(Vocoder):
     """HiFi-GAN. Born with plain weights: to train, `unfold()` it before making the optimiser."""
 
     # The original draws N(0, 0.01) weights, but onto the product of weight norm, where the draw is
@@ -263,18 +292,19 @@ class Generator(nn.Module):
             self.f0_predictor = PitchPredictor(cfg.n_mels, cfg.channels)
             self.source_downs = source_downs(cfg, cfg.harmonics + 1)
 
-    def pitch(self, mel: Tensor) -> Tensor:
-        """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced."""
-        return self.f0_predictor(mel.transpose(1, 2)[:, :, None])
+    def begin(self, rows: int, rng: torch.Generator) -> Tensor:
+        return torch.zeros(rows, 1, self.cfg.harmonics)
 
-    def forward(self, mel: Tensor, f0: Tensor | None = None, phase: float = 0.0, first: int = 0
-                ) -> Tensor:
-        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
-        Hz, from the given phase and number of the frame on; without f0 at the predicted one."""
-        if self.cfg.harmonics:
-            source = excitation(self.pitch(mel) if f0 is None else f0, self.cfg, phase, first)
+    def excite(self, f0: Tensor, phase: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pitch (B, T) -> source (B, T * hop, harmonics + 1), phase: sines where voiced, noise."""
+        tones, voiced, phase = sines(f0, self.cfg, phase)
+        noise = 2 * torch.rand(*tones.shape[:2], 1, generator=rng) - 1
+        return torch.cat([tones * voiced, AMPLITUDE * noise], 2).to(f0), phase
+
+    def filter(self, mel: Tensor, source: Tensor) -> Tensor:
+        """Mel (B, T, M), source (B, T * hop, harmonics + 1) -> wave (B, T * hop)."""
         x = self.conv_pre(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
-        n = len(self.cfg.mrf_kernels)
+        source, n = source.transpose(1, 2)[:, :, None], len(self.cfg.mrf_kernels)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, C / 2, 1, time * rate)
             if self.cfg.harmonics:
@@ -300,53 +330,17 @@ class Generator(nn.Module):
             cut = (kernel - rate + 1) // 2
             left = (left + block + kernel - 1 - cut) // rate
             right = (right + block + rate - 1 + cut) // rate
-        own = 5 if cfg.harmonics else 0  # of the pitch; what it says reaches less far than the mel
-        return left + 3 + own, right + 3 + own  # conv_pre
-
-    @torch.inference_mode()
-    def stream(self, mel: Tensor, state: StreamState | None, final: bool
-               ) -> tuple[Tensor, StreamState]:
-        """Next mel frames (1, t, M), t >= 0 -> the wave (1, n) that is certain by now, new state.
-
-        The pieces join to exactly what `forward` makes of all frames at once: a frame is rendered
-        as soon as its right context has arrived, with as many old frames before it as it can see.
-        """
-        state = state or StreamState(mel[:, :0], f0=mel[:, :0, 0])
-        frames, done, hop = torch.cat([state.mel, mel], 1), state.done, self.cfg.hop
-        left, right = self.context()
-        end = frames.size(1) if final else frames.size(1) - right
-        if end <= done:
-            return frames.new_zeros(1, 0), replace(state, mel=frames)
-        f0 = frames[..., 0] * 0
-        if self.cfg.harmonics:  # those of the first frames need others that are gone
-            f0 = torch.cat([state.f0, self.pitch(frames)[:, done:]], 1)
-        wave = self(frames, f0, state.phase, state.first)[:, done * hop : end * hop]
-        keep = max(0, end - left)
-        phase = (state.phase + f0[0, :keep].double().sum().item() * hop / self.cfg.sample_rate) % 1
-        return wave, StreamState(frames[:, keep:], end - keep, f0[:, keep:end],
-                                 state.first + keep, phase)
+        return left + 3, right + 3 + PITCH_REACH  # conv_pre
 
 
 # ---- HiFT: the generator of the released weights (inference only) ----------------------------
 
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
 NOISE = 0.003
+REACH = 20  # frames on either side that a sample depends on
 
 
-def harmonics(f0: Tensor, cfg: VocoderConfig, seed: int) -> Tensor:
-    """Pitch (B, T) in Hz -> its multiples with noise, or only noise (B, T * hop, 9)."""
-    rng = torch.Generator().manual_seed(seed)
-    f0 = f0.repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
-    order = torch.arange(1, cfg.harmonics + 1, device=f0.device)
-    phase = (f0 / cfg.sample_rate).cumsum(1) % 1 * order  # (B, N, 9) in cycles
-    start = torch.rand(f0.size(0), 1, cfg.harmonics, generator=rng) - 0.5
-    start[..., 0] = 0  # all but the fundamental begin anywhere
-    noise = torch.randn(phase.shape, generator=rng).to(f0.device)
-    sines = AMPLITUDE * (2 * math.pi * (phase + start.to(f0.device))).sin()
-    return torch.where(f0 > VOICED, sines + NOISE * noise, AMPLITUDE / 3 * noise)
-
-
-class HiFT(nn.Module):
+class HiFT(Vocoder):
     """Neural source-filter vocoder: HiFi-GAN's trunk filters a harmonic source made from pitch.
 
     The trunk stops 4 samples short of the wave and gives a spectrogram, which an inverse STFT ends.
@@ -366,18 +360,27 @@ class HiFT(nn.Module):
             for c, kernel in zip(widths, [7] * (len(widths) - 1) + [11]))
         self.conv_post = Conv1d(widths[-1], bins, 7)
 
-    def forward(self, mel: Tensor, seed: int = 0) -> Tensor:
-        """Mel (B, T, M) -> wave (B, T * hop) in [-0.99, 0.99]; `seed` draws phases and noise."""
-        mel = mel.transpose(1, 2)[:, :, None]  # (B, M, 1, T)
-        source = harmonics(self.f0_predictor(mel), self.cfg, seed)  # (B, N, 9)
-        return self.filter(mel, self.m_source["l_linear"](source).tanh().squeeze(2))
+    def context(self) -> tuple[int, int]:
+        return REACH, REACH
+
+    def begin(self, rows: int, rng: torch.Generator) -> Tensor:
+        """All but the fundamental begin anywhere."""
+        return F.pad(torch.rand(rows, 1, self.cfg.harmonics - 1, generator=rng), (1, 0))
+
+    def excite(self, f0: Tensor, phase: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pitch (B, T) -> source (B, T * hop, 1), phase: sines and a little noise, or noise alone."""
+        tones, voiced, phase = sines(f0, self.cfg, phase)
+        noise = torch.randn(tones.shape, generator=rng)
+        source = torch.where(voiced, tones + NOISE * noise, AMPLITUDE / 3 * noise).to(f0)
+        return self.m_source["l_linear"](source).tanh(), phase
 
     def filter(self, mel: Tensor, source: Tensor) -> Tensor:
-        """Mel (B, M, 1, T), source (B, N) -> wave (B, N)."""
+        """Mel (B, T, M), source (B, N, 1) -> wave (B, N) in [-0.99, 0.99]."""
         window = torch.hann_window(N_FFT, device=mel.device)
-        spec = torch.stft(source, N_FFT, STEP, window=window, return_complex=True)  # (B, 9, N/4+1)
+        spec = torch.stft(source[..., 0], N_FFT, STEP, window=window, return_complex=True)
         spec = torch.cat([spec.real, spec.imag], 1)[:, :, None]  # (B, 18, 1, N/4+1)
-        x, n = self.conv_pre(mel), len(self.cfg.mrf_kernels)
+        x = self.conv_pre(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
+        n = len(self.cfg.mrf_kernels)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))
             if i == len(self.ups) - 1:

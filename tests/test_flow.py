@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import flow
 from flow import Flow, FlowConfig, load_cosyvoice1, noise
-from model import BadCheckpoint, check
+from model import BadCheckpoint, Token2Wav, check, paper
+from vocoder import VocoderConfig
 
 CAUSAL = FlowConfig(codes=12, mel=4, spk_dim=6, dim=8, enc_heads=2, enc_ffn=16, look_ahead=1,
                     channels=(16,), mid=1, heads=2, head_dim=8, time_dim=16, chunk=8, left_chunks=2)
@@ -73,7 +74,8 @@ def test_one_shot_is_what_training_sees():
     with torch.no_grad():
         mu = model.mean(codes, torch.tensor([37]), torch.tensor([148]))
         state = model.start(spk, steps=3)
-        whole = model.denormalise(model.solve(mu, state, 0, 0, [None] * 3))
+        z = noise(0, 0, 148, CAUSAL.mel)
+        whole = model.denormalise(model.solve(z, mu, state, 0, 0, [None] * 3))
     torch.testing.assert_close(model.generate(codes, spk, steps=3), whole, atol=1e-4, rtol=0)
 
 
@@ -108,12 +110,90 @@ def test_memory_does_not_grow_and_states_are_not_used_up():
     assert torch.equal(a, b)
 
 
-def test_full_context_flow_waits_for_the_end():
+@pytest.mark.parametrize("prompt", [0, 7, 150])  # the last is longer than the reply
+@pytest.mark.parametrize("rate", [25, 50])
+def test_full_context_streams_by_windows(prompt, rate):
+    """In windows set by what was said, not by how it came; in sum as long as at once and near it:
+    within 0.4 of the mel's deviation on average, where with other noise it is 1."""
+    cfg = replace(FULL, frames_per_code=22050 / 256 / rate)
+    model = build(cfg)
+    codes, spk, *voice = inputs(cfg, 131, prompt)
+    whole, other = (model.generate(codes, spk, *voice, steps=2, seed=s) for s in (0, 1))
+    state = model.start(spk, *voice, steps=2)
+    mel, lengths = streamed(model, codes, state, [1] * 131)
+    left = [i for i, n in enumerate(lengths) if n]
+    # 12 codes and 6 ahead, 12 and 6, 24 and 12, 48 and 20, the rest
+    assert left == [17, 29, 59, 115, 130] and mel.shape == whole.shape
+    assert [lengths[i] for i in left[:4]] == [
+        cfg.frames(b) - cfg.frames(a) for a, b in ((0, 12), (12, 24), (24, 48), (48, 96))]
+    for sizes in ([18] * 7 + [5], [131, 0], [40, 91]):
+        assert torch.equal(streamed(model, codes, state, sizes)[0], mel)
+    near, far = ((x - whole).abs().mean() / whole.std() for x in (mel, other))
+    assert near < 0.4 and far > 0.9
+
+
+def test_a_window_fades_into_the_next(monkeypatch):
+    """Windows that make of every frame the number of the window: no step where they meet."""
+    model, count = build(FULL), iter(range(9))
+    monkeypatch.setattr(model, "solve", lambda z, *_: torch.full_like(z, next(count)))
+    codes, spk, *voice = inputs(FULL, 96 + 20, 3)
+    state = model.start(spk, *voice)
+    mel, state = model.stream(codes, state, False)  # windows 0, 1, 2, 3
+    mel, steps = mel[0, :, 0], mel[0, :, 0].diff()
+    assert mel[0] == 0 and mel[-1] == 3 and 0 <= steps.min() <= steps.max() < 0.06
+    assert state.tail.shape[1] == FULL.frames(116) - FULL.frames(96) and len(mel) == 330
+
+
+def test_a_frame_has_the_same_noise_in_every_window(monkeypatch):
     model = build(FULL)
-    codes, spk, *voice = inputs(FULL, 9, 5)
-    mel, lengths = streamed(model, codes, model.start(spk, *voice, steps=2), [3, 6, 0])
-    assert lengths == [0, 0, 31]
-    assert torch.equal(mel, model.generate(codes, spk, *voice, steps=2))
+    monkeypatch.setattr(model, "solve", lambda z, *_: z)
+    codes, spk, *voice = inputs(FULL, 200, 30)
+    state = model.start(spk, *voice, seed=5)
+    mel, _ = streamed(model, codes, state, [18] * 11 + [2])
+    known, total = voice[1].shape[1], FULL.frames(200)
+    torch.testing.assert_close(mel, noise(5, known, known + total, 80), atol=1e-6, rtol=0)
+
+
+def test_the_wave_of_windows_has_no_clicks():
+    """Window by window the wave is what HiFT makes of the whole mel, so no seam can be told from
+    its neighbourhood; the first audio comes after 18 codes."""
+    cfg = paper()
+    cfg.flow = FULL
+    cfg.vocoder = VocoderConfig(22050, hop=256, channels=8, rates=(8, 8), kernels=(16, 16))
+    codes, spk, prompt, mel = inputs(FULL, 130, 9)
+    voice = Token2Wav(cfg, {"spk": spk, "prompt_codes": prompt, "prompt_mel": mel}).eval()
+    voice.flow, said = build(FULL), codes[0].tolist()
+    voice.vocoder.f0_predictor.classifier.bias.data += 150
+    begin = state = voice.start(steps=1)
+    pieces = []
+    for i in range(0, 130, 18):
+        wave, state = voice.stream(said[i:i + 18], state, i + 18 >= 130)
+        pieces.append(wave)
+    assert len(pieces[0]) == (FULL.frames(12) - 20) * 256
+    wave, whole = torch.cat(pieces), voice.stream(said, begin, True)[0]
+    assert wave.shape == whole.shape == (FULL.frames(130) * 256,) and wave.std() > 1e-3
+    mel, _ = streamed(voice.flow, codes, begin[0], [130, 0])
+    torch.testing.assert_close(wave, voice.vocoder(mel)[0], atol=1e-5, rtol=0)
+    steps, seams = wave.diff().abs(), torch.tensor([len(p) for p in pieces[:-1] if len(p)])
+    assert steps[seams.cumsum(0) - 1].max() < 3 * steps.mean()
+
+
+def test_windows_take_no_more_memory_and_are_all_there_is():
+    """1,000 codes; and a reply that ends before its first window is as at once."""
+    model = build(replace(FULL, mid=1))
+    codes, spk, *voice = inputs(FULL, 1000, 5)
+    begin = state = model.start(spk, *voice, steps=1)
+    held, frames = [], 0
+    for i in range(0, 1000, 50):
+        mel, state = model.stream(codes[:, i:i + 50], state, False)
+        frames += mel.shape[1]
+        held.append(sum(t.untyped_storage().nbytes() for t in vars(state).values()
+                        if isinstance(t, torch.Tensor)))
+    assert max(held[10:]) <= max(held[:10]) < 100_000
+    assert frames + model.stream(codes[:, :0], state, True)[0].shape[1] == FULL.frames(1000)
+    for sizes in ([0], [1], [2], [17], [9, 0, 8]):
+        mel, _ = streamed(model, codes[:, :sum(sizes)], begin, sizes)
+        assert torch.equal(mel, model.generate(codes[:, :sum(sizes)], spk, *voice, steps=1))
 
 
 # ---- batches, training ---------------------------------------------------------------------------

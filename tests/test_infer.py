@@ -65,7 +65,7 @@ def test_our_token2wav_can_speak_for_it(file, tokenizer_folder, checkpoint, run,
     assert json.loads(out)["sample_rate"] == 24000
 
 
-def test_the_released_token2wav_needs_a_voice_and_keeps_its_rate(
+def test_the_released_token2wav_needs_a_voice_keeps_its_rate_and_streams(
         file, tokenizer_folder, checkpoint, run, tmp_path, monkeypatch):
     """Its own loaders are tested where they are; here they are replaced by something small."""
     flow = tiny_config().flow
@@ -75,10 +75,13 @@ def test_the_released_token2wav_needs_a_voice_and_keeps_its_rate(
     monkeypatch.setattr(echat.FlowConfig, "cosyvoice1", classmethod(lambda cls: flow))
     monkeypatch.setattr(echat, "hift", lambda: hift)
     monkeypatch.setattr(echat, "load_cosyvoice1", lambda state: state)
+    state = released()[1]
+    state["speech_head.bias"][CODES] = -1e4  # says no end, but for --max-tokens
+    torch.save(state, file)
     torch.save(echat.Flow(flow).state_dict(), tmp_path / "flow.pt")
     torch.save(HiFT(hift).state_dict(), tmp_path / "hift.pt")
     words = ("--model", file, "--tokenizer", tokenizer_folder, "--task", "tts", "--text", "hello",
-             "--token2wav", tmp_path, "--max-tokens", 9, "--json", "--out", tmp_path / "a.wav")
+             "--token2wav", tmp_path, "--max-tokens", 50, "--json", "--out", tmp_path / "a.wav")
     code, _, err = run(*words)
     assert code == 2 and "--voice" in err
     voice = echat.read_weights(str(checkpoint / "voice.safetensors"))
@@ -89,6 +92,11 @@ def test_the_released_token2wav_needs_a_voice_and_keeps_its_rate(
     answer = json.loads(out)
     assert answer["sample_rate"] == 22050 and answer["codes"] > 0
     assert round(answer["seconds"] * 22050) // 256 == flow.frames(answer["codes"])
+    code, out, err = run(*words, "--voice", tmp_path / "v.safetensors", "--stream")
+    *events, done = answers_of(out)
+    samples = [e["samples"] for e in events if e["event"] == "audio"]
+    assert code == 0 and len(samples) > 1 and sum(samples) == 256 * flow.frames(done["codes"]), err
+    assert done["codes"] == answer["codes"] > 18
     shutil.copy(file, tmp_path / "flow.pt")  # another model's weights
     code, _, err = run(*words, "--voice", tmp_path / "v.safetensors")
     assert code == 2 and "flow" in err and err.count("\n") == 1, err

@@ -235,12 +235,11 @@ def hifts() -> None:
     ours.load_state_dict(vocoder.load_hift(
         {f"generator.{k}": v for k, v in theirs.state_dict().items()}))
     mel = torch.randn(1, 100, 80, generator=torch.Generator().manual_seed(0)) * 2 - 5
-    pitch = ours.f0_predictor(mel.mT[:, :, None])
+    pitch = ours.pitch(mel)
     row("F0, CosyVoice", "random", pitch, theirs.f0_predictor(mel.mT))
-    source = vocoder.harmonics(pitch * 200, ours.cfg, 0)
-    source = ours.m_source["l_linear"](source).tanh().squeeze(2)
-    row("HiFT, source injected, CosyVoice", "random", ours.filter(mel.mT[:, :, None], source),
-        theirs.decode(mel.mT, source[:, None]))
+    source, _ = ours.excite(pitch * 200, torch.zeros(1, 1, 9), torch.Generator().manual_seed(0))
+    row("HiFT, source injected, CosyVoice", "random", ours.filter(mel, source),
+        theirs.decode(mel.mT, source.mT))
 
 
 @torch.no_grad()
@@ -257,10 +256,11 @@ def hifigans() -> None:
             files[f"random V{version}"] = version, path
         for name, (version, path) in files.items():
             config = json.loads((Path(folder) / f"config_v{version}.json").read_text())
-            theirs = originals.hifigan(config)
-            theirs.load_state_dict(torch.load(path, "cpu", weights_only=True)["generator"])
+            theirs, weights = originals.hifigan(config), torch.load(
+                path, "cpu", weights_only=True)["generator"]
+            theirs.load_state_dict(weights)
             theirs.remove_weight_norm()
-            ours = vocoder.load_hifigan(torch.load(path, weights_only=True)["generator"])
+            ours = vocoder.load_hifigan(weights)
             wave = read_wave(WAVS[0], 22050)[:44100]
             mel = vocoder.mel_spectrogram(wave[None], ours.cfg)
             row(f"HiFi-GAN V{version}, jik876/hifi-gan", name, ours(mel), theirs(mel.mT)[:, 0])
