@@ -115,8 +115,10 @@ class Tokenizer:
         text = unicodedata.normalize("NFC", text) if self.composed else text
         return self.encoder.encode_ordinary(text)
 
+    @cache
     def fixed(self, text: str) -> list[int]:
-        """A protocol string -> ids, its control tokens read as such, not composed with any mark."""
+        """A protocol string -> ids, its control tokens read as such, not composed with any mark.
+        Do not modify them."""
         return [i for part in re.split(self.control, text)
                 for i in ([self.special[part]] if part in self.special else self.encode(part))]
 
@@ -1342,17 +1344,14 @@ def known_labels(record: dict) -> dict[str, str]:
 def completed(args: argparse.Namespace, work, size: int = 1) -> None:
     """Write what `work` makes of a list, `size` records at a time: it changes them and tells of
     each what to count, a list with "written" in it or else the reason why it is left out. All of
-    that lies in OUT.part, where the same command goes on after a stop. Says counts."""
-    found, part = Counter(), args.out + ".part"
+    that lies in OUT.*.part, where the same command goes on after a stop. Says counts."""
     times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
-    stamp = json.dumps([vars(args) | {"batch": 0}, times]).encode() + b"\n"
+    stamp = json.dumps([vars(args) | {"batch": 0}, times])  # of this model, list and threshold
+    found, part = Counter(), f"{args.out}.{hashlib.sha1(stamp.encode()).hexdigest()[:8]}.part"
     with open(part, "a+b") as f:
         f.seek(0)
-        if f.readline() != stamp:  # of another model, list or threshold
-            f.truncate(0)
-            f.write(stamp)
         done = [len(line) for line in f if line.endswith(b"\n")]
-        f.truncate(len(stamp) + sum(done))  # a line that a killed run left half
+        f.truncate(sum(done))  # a line that a killed run left half
         stream = records(args.list, len(done))
         with tqdm(desc=args.command, initial=len(done), total=round(count(args.list)),
                   unit=" records") as bar:
@@ -1360,7 +1359,7 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
                 f.writelines(json.dumps(made).encode() + b"\n" for made in zip(work(chunk), chunk))
                 f.flush()
                 bar.update(len(chunk))
-        f.seek(len(stamp))
+        f.seek(0)
 
         def kept():
             for told, record in map(json.loads, f):
