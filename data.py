@@ -1480,8 +1480,8 @@ def voice(args: argparse.Namespace) -> None:
     if released:
         cfg, (spk, s3) = hift(), released_parts(args)
     else:
-        whole, s3 = load_config(args.model), load_s3(args.model)
-        cfg = whole.vocoder
+        config, s3 = load_config(args.model), load_s3(args.model)
+        cfg = config.vocoder
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
     heard, mel = features(args.wavs[0], s3.cfg.n_mels)[None], mels[0]  # (1, T, 80)
     codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
@@ -1490,15 +1490,15 @@ def voice(args: argparse.Namespace) -> None:
         codes, mel = codes[:, :frames], mel[:, :4 * frames]
         spread, mean = torch.std_mean(torch.cat(mels, 1), 1)  # (1, 80)
         spk = torch.cat([mean + 5, spread], 1)  # roughly centred
-        spk = torch.nn.functional.pad(spk, (0, whole.flow.spk_dim - spk.shape[1]))
+        spk = torch.nn.functional.pad(spk, (0, config.flow.spk_dim - spk.shape[1]))
     save_weights(args.out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel})
 
 
 def released_parts(args: argparse.Namespace) -> tuple:
     """For the released CosyVoice-300M: the vector (1, 192) that campplus.onnx makes of the wav,
-    and S3 v1 of a .pt as S3Tokenizer names its weights, or of the .onnx."""
+    and S3 v1."""
     from encoder import fbank, read_onnx, released_s3
-    from model import expecting, read_weights
+    from model import expecting
     wave = read_wave(args.wavs[0])
     if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
         raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
@@ -1516,8 +1516,7 @@ def released_parts(args: argparse.Namespace) -> tuple:
         why = str(e).partition("\n")[0][:150]
         raise BadInput(f"{args.speaker}: expected campplus.onnx ({why})") from None
     with expecting("S3 v1", args.s3):
-        return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
-                                  else (read_weights(args.s3), args.rate)))
+        return spk, released_s3(*read_onnx(args.s3))
 
 
 def tokenizer(args: argparse.Namespace) -> None:
@@ -1542,7 +1541,7 @@ def check(args: argparse.Namespace) -> None:
             return seconds_of(record["wav"])
         return 0.0 if record["task"] == "<TEXT2TEXT>" else "no wav"
     for path in args.lists:
-        tasks, labels, problems, whole = Counter(), Counter(), Counter(), 0.0
+        tasks, labels, problems, total = Counter(), Counter(), Counter(), 0.0
         for record in records(path):
             tasks[record["task"]] += 1
             labels.update(map(" ".join, known_labels(record).items()))
@@ -1550,9 +1549,9 @@ def check(args: argparse.Namespace) -> None:
             if isinstance(found, str):
                 problems[found] += 1
             else:
-                whole += found
+                total += found
         print(path, json.dumps({
-            "records": tasks.total(), "hours": round(whole / 3600, 2), "tasks": tasks,
+            "records": tasks.total(), "hours": round(total / 3600, 2), "tasks": tasks,
             "labels": labels, "problems": problems}, indent=1, ensure_ascii=False))
 
 
@@ -1663,7 +1662,7 @@ class Judge:
 def json_lines(path: str, *names: str) -> list[dict]:
     """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
+    for _, line in lines(path) if os.path.exists(path) else ():
         with suppress(ValueError, LookupError, TypeError):
             row = json.loads(line)
             rows += [row] * bool([row[name] for name in names])
@@ -1741,9 +1740,9 @@ READ = {"answers": (lambda text: text and {"reply": text}, "text"),
         **dict.fromkeys(("emotion", "gender", "age"), (toned, "emotion"))}
 
 
-def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter, read, wanted: str):
+def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter) -> list[dict]:
     """The rows that were answered, with what is read in the answers; kept in NEW.asked."""
-    items = []
+    items, (read, wanted) = [], READ[kind.split()[-1]]
     for row in rows:
         fields = row | {"label": row["labels"].get(args.what, "").lower()}
         chat = messages(sections("prompts.md"), kind, fields)
@@ -1785,8 +1784,8 @@ def ask(args: argparse.Namespace) -> None:
         scenes = [row for row in rows if what not in row["labels"]]
         rows = [row for row in rows if what in row["labels"]] + [
             row | {"labels": {what: random.Random(row["key"]).choice(LABELS[what])}} for row in
-            chats(args, client, f"{what} question", scenes, found, *READ["questions"])]
-    rows = chats(args, client, what, rows, found, *READ[what])
+            chats(args, client, f"{what} questions", scenes, found)]
+    rows = chats(args, client, what, rows, found)
     made = [row for row in rows if row.get("score", args.threshold) >= args.threshold]
     if not made:
         raise BadInput(f"{args.list}: nothing to write: {dict(found)}")
@@ -1831,10 +1830,8 @@ def main() -> None:
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
-    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("voice", "--s3", help="speech_tokenizer_v1.onnx")
     add("voice", "--speaker", help="campplus.onnx")
-    add("voice", "--rate", type=int, choices=(25, 50), default=25,
-        help="codes a second, where --s3 does not tell (.onnx does)")
     add("ask", "--what", required=True, choices=READ)
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
         "is read from ECHAT_JUDGE_KEY")

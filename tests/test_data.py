@@ -20,7 +20,7 @@ from conftest import copy_of, tone, write_list
 import data
 from data import PATTERN, BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
 from encoder import SpeechTokenizer, TokenizerConfig
-from model import EChat, load_echat, load_s3, prompt, read_weights, save_weights, user_prompt
+from model import EChat, load_echat, load_s3, prompt, read_weights, user_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = [
@@ -604,18 +604,18 @@ def fake_onnxruntime(monkeypatch, seen: list):
 
 
 def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
-    s3, s3_file, seen = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), \
-        str(tmp_path / "s3.safetensors"), []
+    s3, seen = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), []
     state = {f"encoder.{k}": v for k, v in s3.state_dict().items() if "codebook" not in k}
     book = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1)
-    save_weights(s3_file, state | {"quantizer._codebook.embed": book})
+    state |= {"quantizer._codebook.embed": book}
     fake_onnxruntime(monkeypatch, seen)
     speaker, out = tmp_path / "campplus.onnx", str(tmp_path / "voice.safetensors")
     speaker.write_bytes(b"onnx")
-    command = ["data.py", "voice", wav(2.0, rate=22050), "--s3", s3_file, "--speaker",
+    command = ["data.py", "voice", wav(2.0, rate=22050), "--s3", "s3.onnx", "--speaker",
                str(speaker), "--out", out]
     for rate, codes in ((25, 50), (50, 100)):
-        monkeypatch.setattr(sys, "argv", command + ["--rate", str(rate)])
+        monkeypatch.setattr("encoder.read_onnx", lambda path: (state.copy(), rate))
+        monkeypatch.setattr(sys, "argv", command)
         data.main()
         voice = read_weights(out)
         assert voice["prompt_codes"].shape == (1, codes) and voice["prompt_codes"].max() < 40
@@ -625,7 +625,7 @@ def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
 
 
 def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
-    good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.pt"
+    good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.onnx"
     speaker.write_bytes(b"onnx")
     html.write_text("<html>")
     out = ["--out", str(tmp_path / "voice.safetensors")]
@@ -633,7 +633,7 @@ def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
     cases = [([good, *out], "or one wav and --s3 and --speaker"),
              ([good, good, *files, *out], "or one wav and --s3 and --speaker"),
              ([wav(31.0), *files, *out], "31.00 s, a prompt has 0.1 to 30 s"),
-             ([good, *files, *out], "s3.pt: "),
+             ([good, *files, *out], "s3.onnx: "),
              ([good, "--s3", str(html), "--speaker", "gone.onnx", *out], "gone.onnx: no such file")]
     fake_onnxruntime(monkeypatch, [])
     for arguments, words in cases + [([good, *files, *out], "install onnxruntime")]:
