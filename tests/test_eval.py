@@ -639,7 +639,7 @@ ENGINES = {"hibari", "espeak", "flite", "kokoro", "festival"}
 
 
 def test_bench_is_held_out_and_the_corpus_stays_as_it_was():
-    scenes, clauses = data.load_bank([os.path.join(ev.HERE, "assets", "scenes.jsonl")])
+    scenes, clauses = data.load_bank()
     items = data.plan(0, 0, scenes, clauses, ENGINES, True)
     sets = data.bench_manifests(items, 0)
     seen = {v["name"] for v in data.voice_table() if v["split"] == "train"}
