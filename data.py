@@ -82,13 +82,34 @@ BYTES = {chr(b): b for b in PLAIN} | {
     chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PLAIN}))}
 
 
+def read_tokenizer(folder: str) -> dict:
+    """tokenizer.json of a folder; if it has none, the same made of the older files of Qwen's."""
+    def read(name: str):
+        with open(os.path.join(folder, name), encoding="utf-8") as f:
+            return json.load(f) if name.endswith(".json") else f.read().split("\n")
+
+    try:
+        return read("tokenizer.json")
+    except FileNotFoundError:
+        config = read("tokenizer_config.json")
+    if not config["tokenizer_class"].startswith("Qwen2Tokenizer"):  # its split is not in a file
+        raise ValueError(f"tokenizer_class {config['tokenizer_class']}, expected Qwen2Tokenizer")
+    return {
+        "added_tokens": [{"content": t["content"], "id": int(i)}
+                         for i, t in config["added_tokens_decoder"].items()],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": PATTERN}}]},
+        "model": {"vocab": read("vocab.json"),
+                  "merges": [m for m in read("merges.txt") if m and not m.startswith("#version")]}}
+
+
 class Tokenizer:
-    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout), run by tiktoken."""
+    """Byte-level BPE of a `tokenizer.json` (Hugging Face layout) or of `vocab.json`, `merges.txt`
+    and `tokenizer_config.json`, run by tiktoken."""
 
     def __init__(self, folder: str):
         try:
-            with open(os.path.join(folder, "tokenizer.json"), encoding="utf-8") as f:
-                spec = json.load(f)
+            spec = read_tokenizer(folder)
             self.special = special = {t["content"]: t["id"] for t in spec["added_tokens"]}
             vocab = spec["model"]["vocab"]
             ranks = {bytes(BYTES[c] for c in w): i for w, i in vocab.items() if w not in special}
@@ -103,7 +124,8 @@ class Tokenizer:
                 "echat", mergeable_ranks=ranks, special_tokens=special,
                 pat_str=spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise BadInput(f"{folder}: not a readable tokenizer.json ({e})") from None
+            raise BadInput(f"{folder}: not a readable tokenizer.json, nor vocab.json, merges.txt "
+                           f"and tokenizer_config.json ({e})") from None
         self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
@@ -1496,9 +1518,9 @@ def voice(args: argparse.Namespace) -> None:
 
 def released_parts(args: argparse.Namespace) -> tuple:
     """For the released CosyVoice-300M: the vector (1, 192) that campplus.onnx makes of the wav,
-    and S3 v1."""
+    and S3 v1 of a .pt as S3Tokenizer names its weights, or of the .onnx."""
     from encoder import fbank, read_onnx, released_s3
-    from model import expecting
+    from model import expecting, read_weights
     wave = read_wave(args.wavs[0])
     if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
         raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
@@ -1516,7 +1538,8 @@ def released_parts(args: argparse.Namespace) -> tuple:
         why = str(e).partition("\n")[0][:150]
         raise BadInput(f"{args.speaker}: expected campplus.onnx ({why})") from None
     with expecting("S3 v1", args.s3):
-        return spk, released_s3(*read_onnx(args.s3))
+        return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
+                                  else (read_weights(args.s3), args.rate)))
 
 
 def tokenizer(args: argparse.Namespace) -> None:
@@ -1830,8 +1853,10 @@ def main() -> None:
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
-    add("voice", "--s3", help="speech_tokenizer_v1.onnx")
+    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
     add("voice", "--speaker", help="campplus.onnx")
+    add("voice", "--rate", type=int, choices=(25, 50), default=25,
+        help="codes a second, where --s3 does not tell (.onnx does)")
     add("ask", "--what", required=True, choices=READ)
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
         "is read from ECHAT_JUDGE_KEY")

@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tarfile
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from conftest import copy_of, tone, write_list
 import data
 from data import PATTERN, BadInput, Mixture, Source, Tokenizer, cut_batches, read_wave
 from encoder import SpeechTokenizer, TokenizerConfig
-from model import EChat, load_echat, load_s3, prompt, read_weights, user_prompt
+from model import EChat, load_echat, load_s3, prompt, read_weights, save_weights, user_prompt
 
 GOLDEN = Path(__file__).parent / "golden"
 TEXTS = [
@@ -64,6 +65,30 @@ def test_the_split_is_the_one_of_the_file(tokenizer_folder, tmp_path, tok):
     assert text.count(r"|\\p{N}|") == 1
     (tmp_path / "tokenizer.json").write_text(text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|"))
     assert Tokenizer(str(tmp_path)).encoder._pat_str == PATTERN.replace(r"\p{N}|", r"\p{N}{1,3}|")
+
+
+def older_files(spec: dict, folder: Path, kind: str = "Qwen2Tokenizer") -> Path:
+    """The tokenizer as vocab.json, merges.txt and tokenizer_config.json."""
+    added = {t["id"]: {"content": t["content"]} for t in spec["added_tokens"]}
+    vocab = {w: i for w, i in spec["model"]["vocab"].items() if i not in added}
+    merges = ["#version: 0.2", *map(" ".join, spec["model"]["merges"])]
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(merges) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": kind, "added_tokens_decoder": added}))
+    return folder
+
+
+def test_older_files_make_the_same_tokenizer(tokenizer_folder, tmp_path, tok):
+    spec = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    old = Tokenizer(str(older_files(spec, tmp_path)))
+    assert old.n_vocab == tok.n_vocab and old.im_end == tok.im_end
+    for text in TEXTS:
+        text = unicodedata.normalize("NFC", text)
+        assert old.encode(text) == tok.encode(text) and old.fixed(text) == tok.fixed(text)
+    older_files(spec, tmp_path, "GPT2Tokenizer")
+    with pytest.raises(BadInput, match="tokenizer_class GPT2Tokenizer, expected Qwen2Tokenizer"):
+        Tokenizer(str(tmp_path))
 
 
 def test_part_of_the_real_vocabulary(tmp_path):
@@ -604,18 +629,18 @@ def fake_onnxruntime(monkeypatch, seen: list):
 
 
 def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
-    s3, seen = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), []
+    s3, s3_file, seen = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), \
+        str(tmp_path / "s3.safetensors"), []
     state = {f"encoder.{k}": v for k, v in s3.state_dict().items() if "codebook" not in k}
     book = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1)
-    state |= {"quantizer._codebook.embed": book}
+    save_weights(s3_file, state | {"quantizer._codebook.embed": book})
     fake_onnxruntime(monkeypatch, seen)
     speaker, out = tmp_path / "campplus.onnx", str(tmp_path / "voice.safetensors")
     speaker.write_bytes(b"onnx")
-    command = ["data.py", "voice", wav(2.0, rate=22050), "--s3", "s3.onnx", "--speaker",
+    command = ["data.py", "voice", wav(2.0, rate=22050), "--s3", s3_file, "--speaker",
                str(speaker), "--out", out]
     for rate, codes in ((25, 50), (50, 100)):
-        monkeypatch.setattr("encoder.read_onnx", lambda path: (state.copy(), rate))
-        monkeypatch.setattr(sys, "argv", command)
+        monkeypatch.setattr(sys, "argv", command + ["--rate", str(rate)])
         data.main()
         voice = read_weights(out)
         assert voice["prompt_codes"].shape == (1, codes) and voice["prompt_codes"].max() < 40
@@ -625,7 +650,7 @@ def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
 
 
 def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
-    good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.onnx"
+    good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.pt"
     speaker.write_bytes(b"onnx")
     html.write_text("<html>")
     out = ["--out", str(tmp_path / "voice.safetensors")]
@@ -633,7 +658,7 @@ def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
     cases = [([good, *out], "or one wav and --s3 and --speaker"),
              ([good, good, *files, *out], "or one wav and --s3 and --speaker"),
              ([wav(31.0), *files, *out], "31.00 s, a prompt has 0.1 to 30 s"),
-             ([good, *files, *out], "s3.onnx: "),
+             ([good, *files, *out], "s3.pt: "),
              ([good, "--s3", str(html), "--speaker", "gone.onnx", *out], "gone.onnx: no such file")]
     fake_onnxruntime(monkeypatch, [])
     for arguments, words in cases + [([good, *files, *out], "install onnxruntime")]:
