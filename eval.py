@@ -123,6 +123,11 @@ def table(rows: list[list]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def count_table(counts: dict[str, Counter], kinds) -> str:
+    return table([["", *kinds], *([name, *(row[k] for k in kinds)]
+                                  for name, row in sorted(counts.items()))])
+
+
 # ---- EChat-eval: rules, or the paper's judge; the words of both lie in assets/judge.md -----------
 
 @lru_cache
@@ -382,9 +387,8 @@ def understand(args) -> tuple[str, dict]:
                 yield d, label == got["labels"][d], 1
         columns |= measured(args, rows, [way], hear, marks, way)
     for name, counts in sorted(confusion.items()):
-        heard = sorted(set().union(*counts.values()))
-        text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
-            [said, *(row[h] for h in heard)] for said, row in sorted(counts.items()))])]
+        text += [f"\n{name}: rows spoken, columns heard",
+                 count_table(counts, sorted(set().union(*counts.values())))]
     return "\n".join([score_table(columns), *text, NOTE]), {
         "scores": columns, "confusion": confusion}
 
@@ -549,12 +553,11 @@ def hear_tones(args, cards: list[dict]) -> int:
 
 def agreement(cards: list[dict]) -> str:
     """How often the rules find right, wrong, mixed or no words in the replies that must fit."""
-    counts, kinds = {}, ("right", "wrong", "mixed", "none")
+    counts = {}
     for card in cards:
         for d, verdict in card["replies"]["perfect"]["verdicts"].items():
             counts.setdefault(f"{d} {card['labels'][d]}", Counter())[verdict] += 1
-    return table([["", *kinds], *([name, *(row[k] for k in kinds)]
-                                  for name, row in sorted(counts.items()))])
+    return count_table(counts, ("right", "wrong", "mixed", "none"))
 
 
 def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
@@ -706,27 +709,19 @@ def qa(args) -> tuple[str, dict]:
     return score_table(columns), columns
 
 
-def say(bot: Chatbot, rows: list[dict], way: str) -> list[tuple[str, Tensor | None]]:
-    """(text, wave) of some records: by the model, or a baseline on the lists' own recordings."""
-    if way == "model":
-        return [(perfect(record)["text"] if bot.args.task == "tts" else result["text"], wave)
-                for record, (result, wave) in zip(rows, answers(bot, rows))]
-    return [(perfect(record)["text"], baseline(bot, record, way)) for record in rows]
-
-
-def baseline(bot: Chatbot, record: dict, way: str) -> Tensor:
-    """The recording of a record, as it is or through a part of the voice."""
+def baseline(bot: Chatbot, record: dict, way: str) -> tuple[dict, Tensor]:
+    """A record as if answered: its own recording, as it is or through a part of the voice."""
     cfg = bot.model.cfg.vocoder
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
-    if way == "original":
-        return wave
     if way == "resynthesis":
         if not (codes := record["extra"].get("speech_token")):
             raise BadInput("no speech_token, which python data.py tokens adds")
-        return bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
-    mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
-    return griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
-        bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
+        wave = bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
+    elif way != "original":
+        mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
+        wave = griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
+            bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
+    return perfect(record), wave
 
 
 def at_16k(wave: Tensor, rate: int) -> np.ndarray:
@@ -754,18 +749,20 @@ def tts(args) -> tuple[str, dict]:
     rate, listen, mos, like = (bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste(),
                                likeness())
     def judged(some: list[dict], way: str) -> list[dict]:
-        return [rated(text, wave, rate, listen, mos, like and (
+        said = answers(bot, some) if way == "model" else [baseline(bot, r, way) for r in some]
+        return [rated(result["text"], wave, rate, listen, mos, like and (
             lambda own, r=r: like(own, read_wave(spoken(r) or "").numpy())))
-            for r, (text, wave) in zip(some, say(bot, some, way))]
+            for r, (result, wave) in zip(some, said)]
+    def marks(record: dict, item: dict):
+        yield "mute", item["seconds"] < 0.1, 1
+        for name, key, weight in (("WER, CER", "errors", item["words"]), ("MOS", "mos", 1),
+                                  ("similarity", "like", 1)):
+            if key in item:
+                yield name, item[key], weight
     tools = [args.asr, "mos" if mos else "no_mos", *["like"] * bool(like)]
     for way in args.path:
-        columns |= measured(
-            args, rows, [args.task, way, *tools],
-            lambda some: judged(some, way), lambda record, item: [
-                *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
-                *[("MOS", item.get("mos"), 1)] * ("mos" in item),
-                *[("similarity", item.get("like"), 1)] * ("like" in item),
-                ("mute", item["seconds"] < 0.1, 1)], way)
+        columns |= measured(args, rows, [args.task, way, *tools],
+                            lambda some: judged(some, way), marks, way)
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
