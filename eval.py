@@ -830,8 +830,9 @@ def whisper(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
         peer = WhisperEncoder(WhisperConfig(
             d_model=c.d_model, encoder_layers=c.n_layers, encoder_attention_heads=c.n_heads,
             encoder_ffn_dim=4 * c.d_model, num_mel_bins=c.n_mels))
-    for name, w in load_whisper(peer.state_dict()).items():
-        w.copy_(net.state_dict()[name])
+    own = net.state_dict()
+    for name, w in load_whisper(peer.state_dict()).items():  # under our names, its very tensors
+        w.copy_(own[name])
     peer.to(ids.device).eval()
     mels = [log_mel(w, c.n_mels)[None].to(ids.device) for w in (
         wave, torch.nn.functional.pad(wave, (0, 480000 - len(wave))))]
