@@ -521,7 +521,8 @@ def test_convert_and_grade_voicebench(world, tmp_path, monkeypatch, capsys, serv
         call(world, monkeypatch, capsys, *words)
     assert "open questions need --judge" in capsys.readouterr().err
     server.script = ["5", "2"]
-    result = call(world, monkeypatch, capsys, *words, "--judge", server.url, "--judge-model", "m")[1]
+    words += ["--judge", server.url, "--judge-model", "m"]
+    result = call(world, monkeypatch, capsys, *words)[1]
     assert [result[s]["open"]["score"][0] for s in ("alpacaeval_full", "commoneval")] == [1.0, 0.25]
     assert "question: Why?" in server.seen[0][2]["messages"][1]["content"]
     assert {s: [k for k in result[s] if k != "broken"] for s in ("sd-qa", "mmsu", "advbench")} == {
