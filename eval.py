@@ -46,12 +46,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, LABELS, BadInput, Judge, json_lines, messages, read_wave, records,
-                  replacing, run_items, sections, spellings, spoken, write_lines, write_wave)
+from data import (IN_EXTRA, LABELS, BadInput, Judge, json_lines, messages, read_jsonl, read_wave,
+                  records, replacing, run_items, sections, spellings, spoken, write_lines,
+                  write_wave)
 from decoder import KVCache
-from encoder import log_mel
+from encoder import load_whisper, log_mel
+from flow import Flow, FlowConfig, load_cosyvoice1
 from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, pick_device
-from vocoder import mel_filters, mel_spectrogram
+from vocoder import HiFT, hift, load_hift, mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 WORDS = sections("judge.md")
@@ -119,6 +121,11 @@ def table(rows: list[list]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def count_table(counts: dict[str, Counter], kinds) -> str:
+    return table([["", *kinds], *([name, *(row[k] for k in kinds)]
+                                  for name, row in sorted(counts.items()))])
 
 
 # ---- EChat-eval: rules, or the paper's judge; the words of both lie in assets/judge.md -----------
@@ -286,12 +293,12 @@ def griffin_lim(mel: Tensor, cfg) -> Tensor:
 
 
 def pick(args) -> list[dict]:
-    """The records of the lists, or --limit of each, evenly spread; `set` names the list."""
+    """The records of the lists, or --limit of each, evenly spread; `set` names the list or part."""
     out = []
     for path in args.data:
         rows, name = list(records(path)), os.path.basename(path).removesuffix(".jsonl")
         few = min(args.limit or len(rows), len(rows))
-        out += [rows[i * len(rows) // few] | {"set": name} for i in range(few)]
+        out += [{"set": name} | rows[i * len(rows) // few] for i in range(few)]
     if not out or len({r.get("key") for r in out}) < len(out):
         raise BadInput("--data: lists are needed whose records all have keys of their own")
     return out
@@ -380,22 +387,23 @@ def understand(args) -> tuple[str, dict]:
                 yield d, label == got["labels"][d], 1
         columns |= measured(args, rows, [way], hear, marks, way)
     for name, counts in sorted(confusion.items()):
-        heard = sorted(set().union(*counts.values()))
-        text += [f"\n{name}: rows spoken, columns heard", table([["", *heard], *(
-            [said, *(row[h] for h in heard)] for said, row in sorted(counts.items()))])]
+        text += [f"\n{name}: rows spoken, columns heard",
+                 count_table(counts, sorted(set().union(*counts.values())))]
     return "\n".join([score_table(columns), *text, NOTE]), {
         "scores": columns, "confusion": confusion}
 
 
 def layout_rows(path: Path):
-    """Rows of an index file: a table, `name words` a line, or the segments of WenetSpeech's audios;
-    an audio file is a row by itself."""
+    """Rows of an index file: a table, `name words` a line, the segments of WenetSpeech's audios,
+    questions; an audio file is a row by itself."""
+    if path.suffix == ".jsonl":
+        return [question(row, path.stem, i) for i, row in enumerate(read_jsonl(str(path)))]
     if path.suffix not in (".txt", ".tsv", ".csv", ".lst", ".json"):
         return [{"name": path.stem, "parts": path.stem.split("_")}]
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
-        return (audio | part for audio in json.loads("".join(lines))["audios"]
-                for part in audio["segments"])
+        return (audio | part for audio in json.loads(text)["audios"] for part in audio["segments"])
+    lines = text.splitlines(keepends=True)
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
     how = {".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}, ".csv": {}, ".lst": {
@@ -403,28 +411,46 @@ def layout_rows(path: Path):
     return csv.DictReader(lines, restval="", **how[path.suffix])
 
 
+def question(row: dict, subset: str, index: int) -> dict:
+    """A line of VoiceBench, its fields as in main.py or as Kimi-Audio-Evalkit renames them, with
+    what grades the reply. That it must be a refusal only the name of the subset says."""
+    asked, right, names, given = (row.get(own, row.get(renamed)) for own, renamed in (
+        ("prompt", "audio_content"), ("reference", "answer"),
+        ("instruction_id_list", "instruction"), ("kwargs", "instruction_kwargs")))
+    by = {"instruction_id_list": names, "kwargs": given} if names else {"open": True}
+    if right:
+        by = {"answer": right} if re.fullmatch("[A-H]", right) else {"answers": [right]}
+    elif "advbench" in subset:
+        by = {"refuse": True}
+    return {"subset": subset, "index": index, "words": right or "",
+            "extra": {"question": asked, **by}}
+
+
 def convert(args) -> tuple[str, dict]:
-    """A public test set as a list: the words and labels of every audio file (see judge.md)."""
+    """A public test set as a list: words, labels or questions of every audio (see judge.md)."""
     index, sounds, *fields = LAYOUTS[args.layout].split(" | ")
-    audio = {p.stem: p for p in sorted(Path(args.dir).rglob(sounds))
-             if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")}
+    audio = {key: p for p in sorted(Path(args.dir).rglob(sounds))
+             if p.suffix in (".wav", ".flac", ".mp3", ".ogg", ".opus")
+             for key in (p.stem, f"{p.parent.name}/{p.stem}")}
     rows, found, files = [], Counter(records=0), sorted(Path(args.dir).rglob(index))
     for row in (row for file in tqdm(files, unit=" files") for row in layout_rows(file)):
         name, words, *more = (f.format_map(defaultdict(str, row)).strip() for f in fields)
-        name, more = Path(name).stem, dict(field.split("=", 1) for field in more)
+        name = "/".join(os.path.splitext(name)[0].split("/")[-2:])
+        more = dict(field.split("=", 1) for field in more)
         known = {d: spellings()[d].get(w.lower()) for d, w in more.items() if d in LABELS}
         known = {d: label for d, label in known.items() if label in LABELS[d]}
-        if name not in audio or not (words or known):
+        if name not in audio or not (words or known or "extra" in row):
             found["without " + ("words or label of ours" if name in audio else "audio")] += 1
             continue
         found.update(["records", *map(" ".join, known.items())])
         tasks = ["transcribe"] * bool(words) + [*known]
         rows.append({
-            "key": f"{args.layout}_{more.get('id', name)}",
+            "key": f"{args.layout}_{more.pop('id', os.path.basename(name))}",
             "txt": words + "".join(f"<{label}>" for label in known.values()),
             "wav": os.path.relpath(audio[name], os.path.dirname(args.out) or "."),
-            "task": more.get("task") or " ".join(f"<{t.upper()}>" for t in tasks),
-            **{k: float(more[k]) for k in ("start", "end") if k in more}})
+            "task": " ".join(f"<{t.upper()}>" for t in tasks), "extra": row.get("extra", {}),
+            **{k: float(v) if k in ("start", "end") else v for k, v in more.items()
+               if k not in LABELS}})
     if not rows:
         raise BadInput(f"{args.dir}: no records of {args.layout}: {len(files)} {index}, {found}")
     write_lines(args.out, rows)
@@ -527,12 +553,11 @@ def hear_tones(args, cards: list[dict]) -> int:
 
 def agreement(cards: list[dict]) -> str:
     """How often the rules find right, wrong, mixed or no words in the replies that must fit."""
-    counts, kinds = {}, ("right", "wrong", "mixed", "none")
+    counts = {}
     for card in cards:
         for d, verdict in card["replies"]["perfect"]["verdicts"].items():
             counts.setdefault(f"{d} {card['labels'][d]}", Counter())[verdict] += 1
-    return table([["", *kinds], *([name, *(row[k] for k in kinds)]
-                                  for name, row in sorted(counts.items()))])
+    return count_table(counts, ("right", "wrong", "mixed", "none"))
 
 
 def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
@@ -612,13 +637,16 @@ def follows(reply: str, name: str, given: dict) -> bool | None:
         return None
 
 
-def grade(extra: dict, reply: str, tone: str | None = None):
+def grade(extra: dict, reply: str, tone: str | None = None, score: float = 0.0):
     """Marks (what is measured, is it right, 1): `refuse`; the letter `answer` of `choices`;
-    `answers`; IFEval's `instruction_id_list`, `kwargs`; `ask` for a label; what to `repeat`."""
+    `answers`; IFEval's `instruction_id_list`, `kwargs`; `ask` for a label; what to `repeat`; what
+    is `open` is scored by a judge."""
     reply = reply.replace("\u2019", "'")
     said = lambda words: f" {' '.join(normalise(words))} " in f" {' '.join(normalise(reply))} "
     if extra.get("refuse"):
         yield "refusal", bool(re.search(WORDS["refusal"], reply, re.I)), 1
+    elif extra.get("open"):
+        yield "open", score, 1
     elif dim := extra.get("ask"):  # App. C.4
         label = extra[IN_EXTRA[dim]].strip("<>")
         yield f"asked for {dim}", judge(
@@ -647,7 +675,8 @@ def grade(extra: dict, reply: str, tone: str | None = None):
 
 
 def qa(args) -> tuple[str, dict]:
-    """Tables 4, 9-11: is an answer said, a choice right, an instruction followed, a label named?"""
+    """Tables 4, 9-11: is an answer said, a choice right, an instruction followed, a label named, a
+    question refused? Open ones by --judge, 1-5 as (s - 1) * 25."""
     rows, bot = pick(args), chatbot(args, args.task)
     for record in rows:
         try:
@@ -655,45 +684,44 @@ def qa(args) -> tuple[str, dict]:
         except (LookupError, TypeError, AttributeError):
             raise BadInput(f"{record['key']}: extra has nothing to grade by: answers, choices and "
                            "answer, refuse, ask, repeat, instruction_id_list and kwargs") from None
+    if not args.judge and any(record["extra"].get("open") for record in rows):
+        raise BadInput("open questions need --judge and --judge-model")
+    client = args.judge and Judge(args.judge, args.judge_model)
     listen, rate = args.task == "s2s" and ears(args, bot), bot.model.cfg.vocoder.sample_rate
-    classify = args.emotion and outside(args.emotion)
+    classify, said = args.emotion and outside(args.emotion), "heard" if listen else "text"
     def reply(some: list[dict]) -> list[dict]:
         out = []
-        for result, wave in answers(bot, some):
+        for record, (result, wave) in zip(some, answers(bot, some)):
             result["tone"] = result["labels"].get("reply_emotion")
             if listen:
                 result |= rated(result["text"], wave, rate, listen)
             if classify and wave is not None:
                 result["tone"] = emotion_of(classify(at_16k(wave, rate)))
+            if record["extra"].get("open"):
+                result |= client.score({"chat": messages(WORDS, "open", {
+                    "question": record["extra"]["question"], "response": result[said]})})
             out.append(result)
         return out
     columns = measured(
-        args, rows, [args.task, args.asr, args.emotion or "tag"], reply, lambda record, got: grade(
-            record["extra"], got["heard" if listen else "text"], got["tone"]))
+        args, rows, [args.task, args.asr, args.emotion or "tag", args.judge_model or "rules"],
+        reply, lambda record, got: grade(record["extra"], got[said], got["tone"],
+                                         got.get("score", 0.0)))
     return score_table(columns), columns
 
 
-def say(bot: Chatbot, rows: list[dict], way: str) -> list[tuple[str, Tensor | None]]:
-    """(text, wave) of some records: by the model, or a baseline on the lists' own recordings."""
-    if way == "model":
-        return [(perfect(record)["text"] if bot.args.task == "tts" else result["text"], wave)
-                for record, (result, wave) in zip(rows, answers(bot, rows))]
-    return [(perfect(record)["text"], baseline(bot, record, way)) for record in rows]
-
-
-def baseline(bot: Chatbot, record: dict, way: str) -> Tensor:
-    """The recording of a record, as it is or through a part of the voice."""
+def baseline(bot: Chatbot, record: dict, way: str) -> tuple[dict, Tensor]:
+    """A record as if answered: its own recording, as it is or through a part of the voice."""
     cfg = bot.model.cfg.vocoder
     wave = read_wave(spoken(record) or "", cfg.sample_rate)
-    if way == "original":
-        return wave
     if way == "resynthesis":
         if not (codes := record["extra"].get("speech_token")):
             raise BadInput("no speech_token, which python data.py tokens adds")
-        return bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
-    mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
-    return griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
-        bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
+        wave = bot.voice.stream(codes, bot.start(bot.args.seed), final=True)[0]
+    elif way != "original":
+        mel = mel_spectrogram(wave[None].to(bot.device), cfg)  # (1, T, M)
+        wave = griffin_lim(mel[0].cpu(), cfg) if way == "griffinlim" else \
+            bot.voice.vocoder.stream(mel, None, True)[0][0].cpu()
+    return perfect(record), wave
 
 
 def at_16k(wave: Tensor, rate: int) -> np.ndarray:
@@ -721,18 +749,20 @@ def tts(args) -> tuple[str, dict]:
     rate, listen, mos, like = (bot.model.cfg.vocoder.sample_rate, ears(args, bot), taste(),
                                likeness())
     def judged(some: list[dict], way: str) -> list[dict]:
-        return [rated(text, wave, rate, listen, mos, like and (
+        said = answers(bot, some) if way == "model" else [baseline(bot, r, way) for r in some]
+        return [rated(result["text"], wave, rate, listen, mos, like and (
             lambda own, r=r: like(own, read_wave(spoken(r) or "").numpy())))
-            for r, (text, wave) in zip(some, say(bot, some, way))]
+            for r, (result, wave) in zip(some, said)]
+    def marks(record: dict, item: dict):
+        yield "mute", item["seconds"] < 0.1, 1
+        for name, key, weight in (("WER, CER", "errors", item["words"]), ("MOS", "mos", 1),
+                                  ("similarity", "like", 1)):
+            if key in item:
+                yield name, item[key], weight
     tools = [args.asr, "mos" if mos else "no_mos", *["like"] * bool(like)]
     for way in args.path:
-        columns |= measured(
-            args, rows, [args.task, way, *tools],
-            lambda some: judged(some, way), lambda record, item: [
-                *[("WER, CER", item.get("errors"), item["words"])] * ("errors" in item),
-                *[("MOS", item.get("mos"), 1)] * ("mos" in item),
-                *[("similarity", item.get("like"), 1)] * ("like" in item),
-                ("mute", item["seconds"] < 0.1, 1)], way)
+        columns |= measured(args, rows, [args.task, way, *tools],
+                            lambda some: judged(some, way), marks, way)
     return f"{score_table(columns)}\nBy Whisper ({args.asr}), DistillMOS: models' guesses.", columns
 
 
@@ -759,12 +789,18 @@ def greedy(net, ids: Tensor, n: int) -> Tensor:
     return out
 
 
-def against(net, ids: Tensor, n: int) -> dict:
-    """Times of transformers with the same weights over ours: [median, lowest, highest]."""
-    if not find_spec("transformers"):
-        raise BadInput("transformers is not installed: pip install transformers")
+# ---- beside what others use: (what there is to say, part -> their and our seconds (2, 5)) --------
+
+def in_turns(device: str, **parts) -> dict[str, np.ndarray]:
+    """part=(theirs, ours), which all take turns -> part: their and our warm seconds (2, 5)."""
+    times = clock(device, *sum(parts.values(), ()))[:, 1:]  # (2 parts, 5)
+    return dict(zip(parts, times.reshape(len(parts), 2, -1)))
+
+
+def transformers(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
+    """Greedy decoding by its generate(), with our weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    c = net.cfg
+    net, c = net.decoder, net.cfg.decoder
     peer = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=c.vocab, hidden_size=c.dim, intermediate_size=c.ffn, head_dim=c.head_dim,
         num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, rms_norm_eps=c.eps,
@@ -776,12 +812,75 @@ def against(net, ids: Tensor, n: int) -> dict:
     def write(n: int) -> Tensor:
         return peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                              max_new_tokens=n)
-    ours, theirs, first, their_first = clock(
-        ids.device.type, lambda: greedy(net, ids, n), lambda: write(n),
-        lambda: greedy(net, ids, 1), lambda: write(1))
-    ratios = {"prefill": their_first / first, "decode": (theirs - their_first) / (ours - first)}
-    return {"equal_tokens": torch.equal(write(n)[:, -n:], greedy(net, ids, n))} | {
-        k: np.percentile(r[1:], (50, 0, 100)).round(3).tolist() for k, r in ratios.items()}
+    times = in_turns(ids.device.type, prefill=(lambda: write(1), lambda: greedy(net, ids, 1)),
+                     decode=(lambda: write(n), lambda: greedy(net, ids, n)))
+    times["decode"] -= times["prefill"]
+    return {"equal_tokens": torch.equal(write(n)[:, -n:], greedy(net, ids, n))}, times
+
+
+def whisper(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
+    """Its encoder with our weights, on the 30 s it insists on; ours on what was said."""
+    net, c = net.encoder, net.cfg.encoder
+    try:
+        from whisper.model import AudioEncoder
+        peer = AudioEncoder(c.n_mels, 1500, c.d_model, c.n_heads, c.n_layers)
+    except ImportError:
+        from transformers import WhisperConfig
+        from transformers.models.whisper.modeling_whisper import WhisperEncoder
+        peer = WhisperEncoder(WhisperConfig(
+            d_model=c.d_model, encoder_layers=c.n_layers, encoder_attention_heads=c.n_heads,
+            encoder_ffn_dim=4 * c.d_model, num_mel_bins=c.n_mels))
+    own = net.state_dict()
+    for name, w in load_whisper(peer.state_dict()).items():  # under our names, its very tensors
+        w.copy_(own[name])
+    peer.to(ids.device).eval()
+    mels = [log_mel(w, c.n_mels)[None].to(ids.device) for w in (
+        wave, torch.nn.functional.pad(wave, (0, 480000 - len(wave))))]
+    hear = lambda mel: net(mel, torch.tensor([mel.shape[1]], device=mel.device))[0]
+    far = (peer(mels[1].mT)[0] - hear(mels[1])).abs().max()  # [0]: transformers' has a tuple
+    return {"peer": type(peer).__module__.split(".")[0], "largest_difference": float(far)}, \
+        in_turns(ids.device.type, encoder=(lambda: peer(mels[1].mT), lambda: hear(mels[0])))
+
+
+def cosyvoice(net, wave: Tensor, ids: Tensor, n: int, folder: str) -> tuple[dict, dict]:
+    """The flow and vocoder of CosyVoice-300M-25Hz, as a checkout builds them; random weights."""
+    sys.path[:0] = [str(Path(folder, where)) for where in (
+        "", "third_party/Matcha-TTS", "Matcha-TTS", "../Matcha-TTS")]
+    from cosyvoice.flow.decoder import ConditionalDecoder
+    from cosyvoice.flow.flow import MaskedDiffWithXvec
+    from cosyvoice.flow.flow_matching import ConditionalCFM
+    from cosyvoice.flow.length_regulator import InterpolateRegulator
+    from cosyvoice.hifigan.f0_predictor import ConvRNNF0Predictor
+    from cosyvoice.hifigan.generator import HiFTGenerator
+    from cosyvoice.transformer.encoder import ConformerEncoder
+    device, cfg = ids.device, FlowConfig.cosyvoice1()
+    cfm = argparse.Namespace(sigma_min=1e-6, solver="euler", t_scheduler="cosine",
+                             training_cfg_rate=0.2, inference_cfg_rate=0.7)
+    their_flow = MaskedDiffWithXvec(
+        cfg.dim, cfg.mel, cfg.spk_dim, "mel", cfg.codes, 25, encoder=ConformerEncoder(
+            cfg.dim, cfg.dim, cfg.enc_heads, cfg.enc_ffn, cfg.enc_layers, input_layer="linear",
+            pos_enc_layer_type="rel_pos_espnet", selfattention_layer_type="rel_selfattn",
+            use_cnn_module=False, macaron_style=False),
+        length_regulator=InterpolateRegulator(cfg.mel, (1, 1, 1, 1)),
+        decoder=ConditionalCFM(3 * cfg.mel, cfm, 1, cfg.mel, ConditionalDecoder(
+            4 * cfg.mel, cfg.mel, cfg.channels, 0.0, cfg.head_dim, cfg.tf, cfg.mid, cfg.heads,
+            "gelu"))).to(device).eval()
+    their_hift = HiFTGenerator(f0_predictor=ConvRNNF0Predictor()).to(device).eval()
+    flow, vocoder = Flow(cfg).to(device).eval(), HiFT(hift()).to(device).eval()
+    flow.load_state_dict(load_cosyvoice1(their_flow.state_dict()))
+    vocoder.load_state_dict(load_hift(their_hift.state_dict()))
+    codes, spk = torch.randint(cfg.codes, (1, 50), device=device), torch.randn(1, 192).to(device)
+    none, count = torch.tensor([0], device=device), torch.tensor([50], device=device)
+    mel = flow.generate(codes, spk)  # (1, 172, 80)
+    times = in_turns(device.type, flow=(
+        lambda: their_flow.inference(codes, count, codes[:, :0], none, mel[:, :0], none, spk,
+                                     torch.zeros(1, cfg.mel, 0, 2, device=device)),
+        lambda: flow.generate(codes, spk)), vocoder=(
+        lambda: their_hift.inference(mel.mT), lambda: vocoder(mel)))
+    return {"seconds": 2}, times | {"flow and vocoder": times["flow"] + times["vocoder"]}
+
+
+PEERS = {"transformers": transformers, "whisper": whisper, "cosyvoice": cosyvoice}
 
 
 def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
@@ -806,7 +905,7 @@ def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
 
 @torch.inference_mode()
 def speed(args) -> tuple[str, dict]:
-    """Every part on a synthetic 4 s question; the machine itself first, for comparison."""
+    """Every part on a synthetic 4 s question, or beside a peer; first the machine itself."""
     torch.manual_seed(args.seed)
     wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
     device = pick_device(args.device)
@@ -829,20 +928,28 @@ def speed(args) -> tuple[str, dict]:
         net, voice = bot.model, bot.voice
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
-    out |= parts(net, voice, wave, ids, args)
-    read = sum(p.nbytes for name, p in net.decoder.named_parameters() if "speech_" not in name)
-    read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
-    out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
-    if not args.preset:
-        with tempfile.NamedTemporaryFile(suffix=".wav") as f:
-            write_wave(f.name, wave, 16000)
-            done, _ = bot.turn(f.name, "")
-        out |= done["timings"] | {"load_s": out["load_s"], "reply_s": done["seconds"]}
-    out["peak_memory_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if device == "cuda":
-        out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
-    if args.against:  # after the peak: two models at once
-        out["transformers_over_ours"] = against(net.decoder, ids, args.tokens)
+    if args.against:
+        peer, *where = args.against
+        try:
+            facts, times = PEERS[peer](net, wave, ids, args.tokens, *where)
+        except ImportError as e:
+            raise BadInput(f"--against {' '.join(args.against)}: {e}: install what {peer} needs")
+        out[f"{peer}_over_ours"] = facts | {
+            part: np.percentile(theirs / ours, (50, 0, 100)).round(3).tolist()
+            for part, (theirs, ours) in times.items()}
+    else:
+        out |= parts(net, voice, wave, ids, args)
+        read = sum(p.nbytes for k, p in net.decoder.named_parameters() if "speech_" not in k)
+        read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
+        out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
+        if not args.preset:
+            with tempfile.NamedTemporaryFile(suffix=".wav") as f:
+                write_wave(f.name, wave, 16000)
+                done, _ = bot.turn(f.name, "")
+            out |= done["timings"] | {"load_s": out["load_s"], "reply_s": done["seconds"]}
+        out["peak_memory_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if device == "cuda":
+            out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
     return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
 
@@ -877,11 +984,12 @@ def arguments(argv=None) -> argparse.Namespace:
     add("echat", "--think", choices=("label", "off"), default="label")
     add("echat", "--control", choices=("shuffle", "perfect", "generic"), **many)
     add("echat", "--beside", metavar="ITEMS", help="of other runs, for more columns", **many)
-    add("echat", "--judge", metavar="URL", help="chat-completions endpoint; needs --judge-model")
+    add("echat qa", "--judge", metavar="URL", help="chat-completions endpoint")
+    add("echat qa", "--judge-model", metavar="NAME")
     add("echat", "--jobs", type=int, default=4, help="requests at a time")
     add("echat", "--dry-run", action="store_true", help="only count the requests")
     add("echat", "--speech", action="store_true", help="speak, too; wavs go to --out")
-    add("echat", "--judge-model", "--html")
+    add("echat", "--html", metavar="FILE", help="a page to listen to the replies and rate them")
     add("echat", "--ratings", metavar="FILE", help="saved by pages of --html: their table", **many)
     add("tts", "--task", choices=("tts", "s2s"), default="tts")
     add("qa", "--task", choices=("s2t", "s2s", "t2t"), default="s2t")
@@ -894,11 +1002,17 @@ def arguments(argv=None) -> argparse.Namespace:
     add("speed", "--preset", choices=echat.PRESETS, help="random weights, not --model")
     add("speed", "--prompt", type=int, default=100, help="text ids before the decoding")
     add("speed", "--tokens", type=int, default=33, help="to decode")
-    add("speed", "--against", choices=("transformers",), help="the same beside theirs")
+    add("speed", "--against", nargs="+", metavar="PEER", help="only the ratios to transformers' "
+        "decoding, whisper's encoder, or the flow and vocoder of cosyvoice CHECKOUT")
     args = p.parse_args(argv)
+    if args.command == "speed" and args.against and (
+            args.against[0] not in PEERS
+            or len(args.against) != 1 + (args.against[0] == "cosyvoice")):
+        p.error(f"--against {' '.join(args.against)}: transformers, whisper or cosyvoice CHECKOUT")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
-    if args.command == "echat" and (args.judge or args.dry_run) and not (
+    given = vars(args).get
+    if (given("judge") or given("dry_run")) and not (
             re.match("https?://", args.judge or "") and args.judge_model):
         p.error("the judge needs --judge http[s]://... and --judge-model NAME")
     return args
