@@ -976,7 +976,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists + " speed", "--device", default="auto")
     add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
     add(lists + " speed", "--seed", type=int, default=0)
-    add(lists + " speed", "--steps", type=int, default=10, help="of the flow")
+    add(lists + " speed", "--steps", type=int, help="of the flow, not the checkpoint's")
     add(lists + " speed", "--max-tokens", type=int, default=1200)
     add(lists, "--limit", type=int, default=0, help="so many of a list, evenly spread")
     add(lists, "--data", metavar="LIST", **many)

@@ -281,7 +281,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--think", default="label", choices=("label", "natural", "off"))
     p.add_argument("--interleave", action="store_true", help="6 text : 18 speech tokens")
     p.add_argument("--stream", action="store_true", help="write chunks while the model speaks")
-    p.add_argument("--steps", type=int, default=10, help="of the flow: 4 are twice as fast")
+    p.add_argument("--steps", type=int, help="of the flow, not the checkpoint's")
     p.add_argument("--voice", help="voice.safetensors of another voice")
     p.add_argument("--out", help="wav to write, folder, or - for raw PCM on stdout")
     p.add_argument("--json", action="store_true", help="one JSON object a wav on stdout")
@@ -313,7 +313,8 @@ def objection(args: argparse.Namespace) -> str | None:
         (heard and not args.wavs and not args.interactive, "a wav is needed"),
         (args.out and several and not folder, "--out must be a folder for several wavs"),
         (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
-        (min(args.max_tokens, args.steps) < 1 or abs(args.seed) >= 2**63,
+        (min(args.max_tokens, 1 if args.steps is None else args.steps) < 1
+         or abs(args.seed) >= 2**63,
          "--max-tokens, --steps, --seed: out of range"),
         (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
          or not 0 < (1 if args.top_p is None else args.top_p) <= 1,

@@ -145,11 +145,13 @@ class Config:
     understand: Sampling = field(default_factory=Sampling)
     text: Sampling = field(default_factory=Sampling)
     speech: Sampling = field(default_factory=lambda: Sampling(0.8, 20, 0.9))
+    steps: int = 10  # of the flow's solver
 
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False))
+    return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False),
+                  steps=4)
 
 
 def small() -> Config:
@@ -389,11 +391,13 @@ class Token2Wav(nn.Module):
         self.flow = Flow(cfg.flow)
         self.vocoder = Generator(cfg.vocoder) if own else HiFT(cfg.vocoder)
 
-    def start(self, seed: int = 0, steps: int = 10, voice: dict[str, Tensor] | None = None):
-        """The state before the first code; the flow hears the voice's prompt here."""
+    def start(self, seed: int = 0, steps: int | None = None,
+              voice: dict[str, Tensor] | None = None):
+        """The state before the first code; the flow hears the voice's prompt here. `steps` that are
+        not the checkpoint's."""
         voice, device = voice or self.voice, next(self.parameters()).device
         heard = (voice[name].to(device) for name in ("spk", "prompt_codes", "prompt_mel"))
-        return self.flow.start(*heard, steps=steps, seed=seed), None
+        return self.flow.start(*heard, steps=steps or self.cfg.steps, seed=seed), None
 
     @torch.inference_mode()
     def stream(self, codes: list[int], state, final: bool = False):
