@@ -144,7 +144,7 @@ class Config:
     vocoder: VocoderConfig = field(default_factory=VocoderConfig)
     understand: Sampling = field(default_factory=Sampling)
     text: Sampling = field(default_factory=Sampling)
-    speech: Sampling = field(default_factory=lambda: Sampling(0.8, 20, 0.9))
+    speech: Sampling = field(default_factory=lambda: Sampling(0.2, 20, 0.9))
     steps: int = 10  # of the flow's solver
 
 

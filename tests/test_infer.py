@@ -191,7 +191,7 @@ def test_what_cannot_be_written_or_read_is_one_line(checkpoint, run, wav, tmp_pa
 
 def test_a_streamed_reply_is_the_reply(checkpoint, run, wav, tmp_path):
     words = [wav(1.0), "--model", checkpoint, "--json", "--max-tokens", 90, "--think", "off",
-             "--interleave"]
+             "--interleave", "--temperature", 1]
     whole = answers_of(run(*words, "--out", tmp_path / "a.wav")[1])[0]
     events = answers_of(run(*words, "--stream", "--out", tmp_path / "b.wav")[1])
     pieces = [sf.read(e["path"])[0] for e in events if e["event"] == "audio"]
