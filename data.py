@@ -131,13 +131,13 @@ class Tokenizer:
         # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
         # vocabulary spells it
         self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
+        self.fixed = cache(self.fixed)  # of this tokenizer, and gone with it
 
     def encode(self, text: str) -> list[int]:
         """Plain text -> ids; control tokens inside user text stay text."""
         text = unicodedata.normalize("NFC", text) if self.composed else text
         return self.encoder.encode_ordinary(text)
 
-    @cache
     def fixed(self, text: str) -> list[int]:
         """A protocol string -> ids, its control tokens read as such, not composed with any mark.
         Do not modify them."""
@@ -554,9 +554,9 @@ THROAT = {  # median f0 and formant scale
 
 @cache
 def packages() -> list[dict]:
-    """What speaks or holds sounds: installed `by` pip or apt-get, a program, path or module of it
-    (`part`), and an engine's share of the queries, or by event a pattern for `files` of recordings,
-    in which a group is the gender."""
+    """What speaks or holds sounds: installed `by` pip or apt-get, the programs, paths and modules of
+    it that are needed (`part`), and an engine's share of the queries, or by event a pattern for
+    `files` of recordings, in which a group is the gender."""
     return read_jsonl(asset("packages.jsonl"))
 
 
@@ -571,8 +571,8 @@ def find_engines() -> set[str]:
     """Engines that can run here; names what is missing in one line; hibari, espeak-ng required."""
     found, lacks = set(), {"pip": [], "apt-get": []}
     for p in packages():
-        look = glob.glob if "/" in p["part"] else importlib.util.find_spec
-        if shutil.which(p["part"]) or look(p["part"]):
+        if all(glob.glob(part) if "/" in part else
+               shutil.which(part) or importlib.util.find_spec(part) for part in p["part"].split()):
             found.add(p["name"])
         else:
             lacks[p["by"]].append(p["package"])

@@ -579,6 +579,12 @@ COSYVOICE1 = (  # released name, ours; applied in turn wherever they match
 def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) under the names of Flow(FlowConfig.cosyvoice1()). Whoever
     loads the result sees whether all is there, and nothing else."""
-    for old, new in COSYVOICE1:
-        state = {name.replace(old, new): w for name, w in state.items()}
-    return state
+    found = {}
+    for key in state:
+        name = key
+        for old, new in COSYVOICE1:
+            name = name.replace(old, new)
+        if name in found:
+            raise ValueError(f"{key}: twice in this file")
+        found[name] = state[key]
+    return found

@@ -91,6 +91,14 @@ def test_older_files_make_the_same_tokenizer(tokenizer_folder, tmp_path, tok):
         Tokenizer(str(tmp_path))
 
 
+def test_an_engine_needs_all_its_parts(monkeypatch, capsys):
+    needs = {"hibari": "json", "espeak": "sh", "festival": "sh /none/*/such", "kokoro": "json none"}
+    monkeypatch.setattr(data, "packages", lambda: [
+        {"name": name, "by": "pip", "package": name, "part": part} for name, part in needs.items()])
+    assert data.find_engines() == {"hibari", "espeak"}
+    assert "pip install festival kokoro" in capsys.readouterr().err
+
+
 def test_part_of_the_real_vocabulary(tmp_path):
     """Some of Qwen2.5's tokens, with what `tokenizers` makes of lines in many scripts."""
     golden = json.loads((GOLDEN / "qwen_tokens.json").read_text(encoding="utf-8"))

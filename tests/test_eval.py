@@ -1,6 +1,7 @@
 """eval.py: counting by hand, the rule judge on written replies, the client against a local server,
 the commands on a tiny random model."""
 
+import hashlib
 import io
 import json
 import os
@@ -717,4 +718,7 @@ def test_bench_is_held_out_and_disturbs_no_corpus():
             said = ev.perfect(r)
             assert all(ok for _, ok, _ in ev.grade(r["extra"], said["text"],
                                                    said["labels"]["reply_emotion"])), r
+    made = data.manifests(plan, data.sentences(scenes)[:3], 0)  # and as it was
+    lines = json.dumps(made["echat", "test"] + made["asr", "train"])
+    assert hashlib.sha1(lines.encode()).hexdigest() == "ea107ab52603729ec506009bca1bfad80fe4d82f"
     assert not {i["wav"] for i in plan} & {i["wav"] for i in items}

@@ -389,6 +389,8 @@ def test_released_names():
     key = "decoder.estimator.mid_blocks.11.0.mlp.1.weight"
     with pytest.raises(BadCheckpoint, match="estimator.mid.11.time.weight is"):
         check(model, load_cosyvoice1(weights | {key: weights[key][:, :1]}), "flow.pt")
+    with pytest.raises(ValueError, match="embed.weight: twice in this file"):
+        load_cosyvoice1(weights | {"embed.weight": weights[key]})
     del weights[key]
     with pytest.raises(BadCheckpoint, match="estimator.mid.11.time.weight missing"):
         check(model, load_cosyvoice1(weights), "flow.pt")
