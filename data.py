@@ -554,8 +554,8 @@ THROAT = {  # median f0 and formant scale
 
 @cache
 def packages() -> list[dict]:
-    """What speaks or holds sounds: installed `by` pip or apt-get, the programs, paths and modules of
-    it that are needed (`part`), and an engine's share of the queries, or by event a pattern for
+    """What speaks or holds sounds: installed `by` pip or apt-get, the programs, paths and modules
+    of it that are needed (`part`), and an engine's share of the queries, or by event a pattern for
     `files` of recordings, in which a group is the gender."""
     return read_jsonl(asset("packages.jsonl"))
 
