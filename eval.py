@@ -465,13 +465,16 @@ def perfect(record: dict) -> dict:
             "labels": {"reply_emotion": tag[1] if tag else None}}
 
 
-def replies(args, rows: list[dict], path: str) -> list[dict]:
-    """What the model answers; in a dry run the list's own replies where it has not answered yet."""
+def replies(args, rows: list[dict], task: str = "s2s") -> list[dict]:
+    """What the model answers to the voices, or to the written questions (t2t); in a dry run the
+    list's own replies where it has not answered yet."""
+    speech = args.speech and task == "s2s"
+    path = items_file(args, task, args.think, "speech" if speech else "text")
     if args.dry_run:
         done = {item["key"]: item for item in json_lines(path, "text")}
         return [done.get(r["key"], perfect(r)) for r in rows]
-    bot = chatbot(args, "s2s" if args.speech else "understand", args.think)
-    bot.args.task = "s2s"
+    bot = chatbot(args, "s2s" if speech else "understand", args.think)
+    bot.args.task = task
     def reply(some: list[dict]) -> list[dict]:
         said = answers(bot, some)
         for record, (result, wave) in zip(some, said):
@@ -483,9 +486,11 @@ def replies(args, rows: list[dict], path: str) -> list[dict]:
     return run_items(path, rows, reply, batch=AT_ONCE)
 
 
-def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
+def side_by_side(args, rows: list[dict]) -> list[dict]:
     """A card for every record that the model and those of --beside answered; with the controls."""
-    systems = {"model": got}
+    systems = {"model": replies(args, rows)}
+    if "text" in args.control:
+        systems["text"] = replies(args, rows, "t2t")
     for path in args.beside:
         if not (items := json_lines(path, "key")):
             raise BadInput(f"{path}: no items of another run")
@@ -497,7 +502,7 @@ def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
     for row, other in zip(rows, others):
         controls = {"shuffle": systems["model"][rows[other]["key"]], "perfect": perfect(row),
                     "generic": {"text": WORDS["generic"], "labels": {}}}
-        replies = {name: own[row["key"]] for name, own in systems.items()} | {
+        given = {name: own[row["key"]] for name, own in systems.items()} | {
             name: reply for name, reply in controls.items() if name in args.control}
         labels = labels_of(row)
         cards.append({
@@ -506,7 +511,7 @@ def side_by_side(args, rows: list[dict], got: list[dict]) -> list[dict]:
             "replies": {name: {k: reply.get(k) for k in ("text", "think", "audio")} | {
                 "tone": reply["labels"].get("reply_emotion"),
                 "verdicts": {d: judge(reply["text"], d, v) for d, v in labels.items()}}
-                for name, reply in replies.items()}})
+                for name, reply in given.items()}})
     return cards
 
 
@@ -515,9 +520,8 @@ def empathy(args) -> tuple[str, dict]:
     if args.ratings:
         return people(args)
     rows = pick(args)
-    path = items_file(args, args.think, "speech" if args.speech else "text")
-    if not (cards := side_by_side(args, rows, replies(args, rows, path))):
-        raise BadInput(f"none of {len(rows)} items is whole, see {path}")
+    if not (cards := side_by_side(args, rows)):
+        raise BadInput(f"none of {len(rows)} items is whole, see {args.out}")
     if args.dry_run:
         return ask_judge(args, cards)
     deaf = hear_tones(args, cards) if args.emotion else 0
@@ -982,7 +986,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists, "--data", metavar="LIST", **many)
     add("understand", "--read", nargs="+", default=["query", "think"], choices=("query", "think"))
     add("echat", "--think", choices=("label", "off"), default="label")
-    add("echat", "--control", choices=("shuffle", "perfect", "generic"), **many)
+    add("echat", "--control", choices=("shuffle", "text", "perfect", "generic"),
+        help="replies to another voice, to the words alone, the list's own, a fixed one", **many)
     add("echat", "--beside", metavar="ITEMS", help="of other runs, for more columns", **many)
     add("echat qa", "--judge", metavar="URL", help="chat-completions endpoint")
     add("echat qa", "--judge-model", metavar="NAME")

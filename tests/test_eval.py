@@ -308,7 +308,7 @@ def test_understand_asks_what_the_task_asks(world, monkeypatch, capsys):
 
 def test_echat(world, monkeypatch, capsys, server):
     data = ["--data", str(world / "talk.jsonl"), str(world / "other.jsonl"), "--judge", server.url,
-            "--judge-model", "m", "--control", "shuffle", "perfect", "generic", "--jobs", "1"]
+            "--judge-model", "m", "--control", "shuffle", "text", "perfect", "generic", "--jobs", "1"]
     dry = call(world, monkeypatch, capsys, "echat", *data, "--dry-run")[1]
     assert dry["requests"] > 5 and not dry["cached"]
     page = world / "page.html"
@@ -319,7 +319,9 @@ def test_echat(world, monkeypatch, capsys, server):
     assert rules["perfect"]["talk"]["score"][0] > rules["generic"]["talk"]["score"][0] == 0
     assert rules["perfect"]["other"] == {"n": 2, "score": [1.0] * 3}
     assert rules["generic"]["reply's tone"]["score"][0] == 0
-    assert rules["model"]["talk"]["n"] == rules["shuffle"]["talk"]["n"] == 2
+    assert {rules[s]["talk"]["n"] for s in ("model", "shuffle", "text")} == {2}
+    written = ev.json_lines(str(next((world / "out").glob("echat-t2t-*.jsonl"))), "text")
+    assert len(written) == 5 and not any(item["think"] for item in written)  # no wav is heard
     assert judge["model"]["multi"]["n"] == 2 and judge["perfect"]["emotion"]["n"] == 2
     cards = [json.loads(line) for line in open(world / "out" / "echat.cards.jsonl")]
     assert {r["score"] for c in cards for r in c["replies"].values()} == {0.0, 1.0}
