@@ -15,6 +15,7 @@ Tensor legend: B batch, T mel frames, M mel bins, N samples.
 import argparse
 import base64
 import contextlib
+import copy
 import csv
 import hashlib
 import io
@@ -307,7 +308,7 @@ def pick(args) -> list[dict]:
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in sorted(
+             args.int8, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in sorted(
                  Path(args.model).glob("*.safetensors"))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
@@ -884,7 +885,19 @@ def cosyvoice(net, wave: Tensor, ids: Tensor, n: int, folder: str) -> tuple[dict
     return {"seconds": 2}, times | {"flow and vocoder": times["flow"] + times["vocoder"]}
 
 
-PEERS = {"transformers": transformers, "whisper": whisper, "cosyvoice": cosyvoice}
+def fp32(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
+    """The same decoder in full precision, where ours has 8 bits; at how many places of the prompt
+    both have the same first choice for what comes next."""
+    peer, net = net.decoder, copy.deepcopy(net.decoder)
+    net.to_int8()
+    first = [d.logits(d(d.embed(ids))).argmax(-1) for d in (peer, net)]  # (1, L) each
+    times = in_turns("cpu", prefill=(lambda: greedy(peer, ids, 1), lambda: greedy(net, ids, 1)),
+                     decode=(lambda: greedy(peer, ids, n), lambda: greedy(net, ids, n)))
+    times["decode"] -= times["prefill"]
+    return {"agree": float((first[0] == first[1]).float().mean())}, times
+
+
+PEERS = {"fp32": fp32, "transformers": transformers, "whisper": whisper, "cosyvoice": cosyvoice}
 
 
 def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
@@ -912,7 +925,7 @@ def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question, or beside a peer; first the machine itself."""
     torch.manual_seed(args.seed)
     wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
-    device = pick_device(args.device)
+    device = pick_device(args.device, args.int8)
     block, square = torch.zeros(2**25, device=device), torch.randn(1024, 1024, device=device)
     copied, multiplied = np.median(clock(device, block.clone, lambda: square @ square)[:, 1:], 1)
     out = {"weights": args.preset or args.model, "device": device,
@@ -926,12 +939,14 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
-        net.decoder.by_columns()
+        (net.decoder.to_int8 if args.int8 else net.decoder.by_columns)()
     else:
-        bot = chatbot(args, "s2s", stream=True)
+        bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice = bot.model, bot.voice
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
+    if not args.preset:  # real words for real weights
+        ids = torch.tensor([bot.tok.encode(Path(__file__).read_text())[:args.prompt]]).to(device)
     if args.against:
         peer, *where = args.against
         try:
@@ -943,8 +958,10 @@ def speed(args) -> tuple[str, dict]:
             for part, (theirs, ours) in times.items()}
     else:
         out |= parts(net, voice, wave, ids, args)
-        read = sum(p.nbytes for k, p in net.decoder.named_parameters() if "speech_" not in k)
-        read -= 0 if net.cfg.decoder.tied else net.decoder.embed_tokens.weight.nbytes
+        llm = net.decoder
+        read = sum(p.nbytes for k, p in (*llm.named_parameters(), *llm.named_buffers())
+                   if "speech_" not in k)
+        read -= llm.embed_tokens.weight.nbytes if llm.lm_head else 0
         out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
         if not args.preset:
             with tempfile.NamedTemporaryFile(suffix=".wav") as f:
@@ -979,6 +996,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
     add(lists + " speed", "--device", default="auto")
     add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
+    add(lists + " speed", "--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     add(lists + " speed", "--seed", type=int, default=0)
     add(lists + " speed", "--steps", type=int, help="of the flow, not the checkpoint's")
     add(lists + " speed", "--max-tokens", type=int, default=1200)
@@ -1008,12 +1026,14 @@ def arguments(argv=None) -> argparse.Namespace:
     add("speed", "--prompt", type=int, default=100, help="text ids before the decoding")
     add("speed", "--tokens", type=int, default=33, help="to decode")
     add("speed", "--against", nargs="+", metavar="PEER", help="only the ratios to transformers' "
-        "decoding, whisper's encoder, or the flow and vocoder of cosyvoice CHECKOUT")
+        "decoding, whisper's encoder, or the flow and vocoder of cosyvoice CHECKOUT; or of --int8 "
+        "to fp32")
     args = p.parse_args(argv)
     if args.command == "speed" and args.against and (
             args.against[0] not in PEERS
             or len(args.against) != 1 + (args.against[0] == "cosyvoice")):
-        p.error(f"--against {' '.join(args.against)}: transformers, whisper or cosyvoice CHECKOUT")
+        p.error(f"--against {' '.join(args.against)}: transformers, whisper, fp32 or "
+                "cosyvoice CHECKOUT")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
     given = vars(args).get

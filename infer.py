@@ -42,7 +42,7 @@ class Chatbot:
     def __init__(self, args, tokenizer: str | None = None, token2wav: str | None = None):
         """tokenizer, token2wav: folders that hold these, where the checkpoint does not."""
         start = time.time()
-        self.args, self.device = args, pick_device(args.device)
+        self.args, self.device = args, pick_device(args.device, args.int8)
         if (released := echat.osum_file(args.model)) and not tokenizer:
             raise BadCheckpoint(f"{args.model}: has no tokenizer; give --tokenizer, the folder of "
                                 "Qwen2.5-3B-Instruct with tokenizer.json")
@@ -57,7 +57,7 @@ class Chatbot:
             self.voice = echat.load_token2wav(token2wav or args.model, args.voice, self.device)
             # The prompt of the voice is heard once.
             self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
-        self.model = echat.load_echat(args.model, self.device)
+        self.model = echat.load_echat(args.model, self.device, int8=args.int8)
         cfg = self.model.cfg
         given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
         given = {k: v for k, v in given.items() if v is not None}
@@ -183,12 +183,14 @@ class Reply:
             "seconds": round(seconds, 3), "codes": len(self.codes), "timings": times}, wave
 
 
-def pick_device(name: str) -> str:
+def pick_device(name: str, int8: bool = False) -> str:
     there = [d for d in ("cuda", "npu", "mps") if getattr(torch, d, None)
              and getattr(torch, d).is_available()] + ["cpu"]
     if name not in ("auto", *there):
         raise BadInput(f"--device {name}: there is none here")
-    return there[0] if name == "auto" else name
+    if int8 and name not in ("auto", "cpu"):
+        raise BadInput(f"--int8 is for the CPU, not for --device {name}")
+    return name if name != "auto" else "cpu" if int8 else there[0]
 
 
 def reply_path(wav: str | None, out: str | None) -> str:
@@ -286,6 +288,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--out", help="wav to write, folder, or - for raw PCM on stdout")
     p.add_argument("--json", action="store_true", help="one JSON object a wav on stdout")
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
+    p.add_argument("--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)
     for flag, kind in (("--temperature", float), ("--top-k", int), ("--top-p", float)):

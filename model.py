@@ -559,9 +559,10 @@ def restored(make, path: str, device, dtype: torch.dtype | None = None, read=rea
     return model.eval()
 
 
-def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
+def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None,
+               int8: bool = False) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
-    dtype: float32 where not given, or what the released file holds."""
+    dtype: float32 where not given, or what the released file holds. int8: the LLM in 8 bits."""
     if file := osum_file(path):
         cfg, weights = read_osum(file)
         dtype = dtype or weights["decoder.speech_head.weight"].dtype
@@ -570,7 +571,7 @@ def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> ECh
     else:
         cfg = load_config(path)
         net = restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
-    net.decoder.by_columns()
+    (net.decoder.to_int8 if int8 else net.decoder.by_columns)()
     return net
 
 
@@ -705,9 +706,10 @@ def compose(preset: str, whisper: str, llm: str, out: str) -> None:
     state = {f"{part}.{k}": v for part, weights in state.items() for k, v in weights.items()}
     with Hollow():
         check(EChat(cfg), state, f"{whisper}, {llm}")
-    save_config(out, cfg)
+    os.makedirs(out, exist_ok=True)
     with expecting("tokenizer.json", llm):
         shutil.copy(os.path.join(llm, "tokenizer.json"), out)
+    save_config(out, cfg)
     save_weights(os.path.join(out, "model.safetensors"), state)
     print(f"{out}: adapter and speech codes are untrained, so only --task t2t works; train them: "
           f"python train.py --stage align --preset {preset} --init {out} ...", file=sys.stderr)

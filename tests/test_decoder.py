@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,28 @@ def test_by_columns_is_the_same_model(model):
     ids = torch.arange(9)[None]
     torch.testing.assert_close(*(n.logits(n(n.embed(ids)), "joint") for n in (model, other)),
                                atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_8_bits_are_nearly_the_same_model(tied):
+    cfg = replace(CFG, dim=64, ffn=70, head_dim=16, tied=tied)
+    model = Decoder(cfg).eval().requires_grad_(False)
+    other = copy.deepcopy(model)
+    other.by_columns()
+    other.to_int8()
+    linear, layer = model.layers[0].mlp.gate_up, other.layers[0].mlp.gate_up
+    assert layer.weight.dtype == torch.int8 and other.lm_head.weight.dtype == torch.int8
+    step = linear.weight.abs().amax(1, keepdim=True) / 127  # rounded to the nearest, row by row
+    assert ((layer.weight * layer.scale[:, None] - linear.weight).abs() <= 0.501 * step).all()
+    x = torch.randn(2, 3, cfg.dim)
+    torch.testing.assert_close(layer(x), linear(x), atol=0.03 * float(linear(x).std()), rtol=0.01)
+    assert isinstance(other.layers[0].mlp.down_proj, torch.nn.Linear)  # 70 wide: the kernel can't
+    ids, cache = torch.arange(9)[None], KVCache(cfg, 1, 9)
+    want, got = (n.logits(n(n.embed(ids)), "joint") for n in (model, other))
+    assert 0 < (want - got).std() < 0.03 * want.std()
+    steps = [other.logits(other.decode(other.embed(ids[:, i:i + 1]), cache), "joint")
+             for i in range(9)]
+    torch.testing.assert_close(torch.cat(steps, 1), got, atol=0.02, rtol=0.02)  # x is bf16 inside
 
 
 def test_only_distances_count(model):

@@ -638,8 +638,9 @@ def test_griffin_lim_keeps_a_tone():
     assert abs(float(peak) - 440) < 15
 
 
-def test_speed(world, monkeypatch, capsys):
-    text, result = call(world, monkeypatch, capsys, "speed", "--tokens", "3")
+@pytest.mark.parametrize("more", [[], ["--int8"]])
+def test_speed(world, monkeypatch, capsys, more):
+    text, result = call(world, monkeypatch, capsys, "speed", "--tokens", "3", *more)
     assert result["device"] == "cpu" and "copy_GBps" in text
     assert all(result[k] > 0 for k in ("decode_tok_per_s", "cold_encoder_ms", "prefill_ms",
                                        "flow_rtf", "vocoder_rtf", "total_s", "load_s"))
@@ -649,6 +650,8 @@ def test_speed_beside_others(world, monkeypatch, capsys):
     monkeypatch.setitem(ev.echat.PRESETS, "small", lambda: ev.echat.load_config(str(world)))
     words = ["speed", "--preset", "small", "--tokens", "3", "--prompt", "50"]
     assert "total_s" not in call(world, monkeypatch, capsys, *words)[1]
+    found = call(world, monkeypatch, capsys, *words, "--against", "fp32")[1]["fp32_over_ours"]
+    assert found["agree"] > 0.9 and len(found["decode"]) == len(found["prefill"]) == 3
     for peer, parts in ("transformers", ("prefill", "decode")), ("whisper", ("encoder",)):
         if find_spec("transformers") is None:
             with pytest.raises(SystemExit) as stop:
