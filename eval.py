@@ -370,7 +370,7 @@ def understand(args) -> tuple[str, dict]:
     rows, bot = pick(args), chatbot(args, "understand")
     columns, confusion, text = {}, {}, []
     for way in args.read:
-        bot.args.task = "understand" if way == "query" else "s2s"
+        bot.args.task = "understand" if way == "query" else args.task
         def hear(some: list[dict]) -> list[dict]:
             out = []
             for labels, alike in groupby(some, lambda r: [*truth(r, "query")]):
@@ -386,7 +386,7 @@ def understand(args) -> tuple[str, dict]:
                 counts = confusion.setdefault(f"{record['set']} {way} {d}", {})
                 counts.setdefault(label, Counter())[got["labels"][d] or "-"] += 1
                 yield d, label == got["labels"][d], 1
-        columns |= measured(args, rows, [way], hear, marks, way)
+        columns |= measured(args, rows, [way, args.task], hear, marks, way)
     for name, counts in sorted(confusion.items()):
         text += [f"\n{name}: rows spoken, columns heard",
                  count_table(counts, sorted(set().union(*counts.values())))]
@@ -466,7 +466,7 @@ def perfect(record: dict) -> dict:
             "labels": {"reply_emotion": tag[1] if tag else None}}
 
 
-def replies(args, rows: list[dict], task: str = "s2s") -> list[dict]:
+def replies(args, rows: list[dict], task: str) -> list[dict]:
     """What the model answers to the voices, or to the written questions (t2t); in a dry run the
     list's own replies where it has not answered yet."""
     speech = args.speech and task == "s2s"
@@ -489,7 +489,7 @@ def replies(args, rows: list[dict], task: str = "s2s") -> list[dict]:
 
 def side_by_side(args, rows: list[dict]) -> list[dict]:
     """A card for every record that the model and those of --beside answered; with the controls."""
-    systems = {"model": replies(args, rows)}
+    systems = {"model": replies(args, rows, args.task)}
     if "text" in args.control:
         systems["text"] = replies(args, rows, "t2t")
     for path in args.beside:
@@ -1003,6 +1003,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists, "--limit", type=int, default=0, help="so many of a list, evenly spread")
     add(lists, "--data", metavar="LIST", **many)
     add("understand", "--read", nargs="+", default=["query", "think"], choices=("query", "think"))
+    add("echat understand", "--task", choices=("s2s", "s2t"), default="s2s",
+        help="how a reply is asked for; s2t: a model that was trained on text replies alone")
     add("echat", "--think", choices=("label", "off"), default="label")
     add("echat", "--control", choices=("shuffle", "text", "perfect", "generic"),
         help="replies to another voice, to the words alone, the list's own, a fixed one", **many)
@@ -1036,6 +1038,8 @@ def arguments(argv=None) -> argparse.Namespace:
                 "cosyvoice CHECKOUT")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
+    if args.command == "echat" and args.speech and args.task == "s2t":
+        p.error("--speech is for --task s2s")
     given = vars(args).get
     if (given("judge") or given("dry_run")) and not (
             re.match("https?://", args.judge or "") and args.judge_model):

@@ -357,6 +357,20 @@ def test_echat_beside_another_run(world, monkeypatch, capsys, tmp_path):
     assert result["rules"]["theirs"]["emotion"] == {"n": 1, "score": [1.0] * 3}
 
 
+def test_a_model_of_text_replies_alone_is_asked_as_it_was_trained(world, monkeypatch, capsys):
+    asked, said = [], {"text": "", "transcript": "", "labels": dict.fromkeys(ev.LABELS)}
+    monkeypatch.setattr(ev, "answers", lambda bot, some, stop=b"": asked.append(
+        bot.args.task) or [(said, None)] * len(some))
+    data = ["--data", str(world / "other.jsonl"), "--task", "s2t"]
+    call(world, monkeypatch, capsys, "echat", *data)
+    call(world, monkeypatch, capsys, "understand", *data, "--read", "think")
+    assert asked == ["s2t", "s2t"]
+    monkeypatch.setattr(sys, "argv", ["eval.py", "echat", *data, "--speech"])
+    with pytest.raises(SystemExit) as stop:
+        ev.main()
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
 def test_ratings(world, monkeypatch, capsys, tmp_path):
     rows = [{"key": "a", "set": "age", "scores": {"model": 5, "generic": 1}, "best": "model"},
             {"key": "b", "set": "age", "scores": {"model": 3}, "best": None}]
