@@ -83,8 +83,8 @@ def fuse(home: nn.Module, name: str, dim: int, widths: tuple[int, ...], bias: bo
 
 
 class Int8(nn.Module):
-    """A trained linear layer on a CPU, its weights in 8 bits with a scale for each row: a quarter of
-    the bytes to read for a token. x goes in as bf16; products are added up in fp32."""
+    """A trained linear layer on a CPU, its weights in 8 bits with a scale for each row: a quarter
+    of the bytes to read for a token. x goes in as bf16; products are added up in fp32."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):
         super().__init__()

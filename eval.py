@@ -34,7 +34,7 @@ import time
 import unicodedata
 import urllib.request
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
@@ -386,7 +386,7 @@ def understand(args) -> tuple[str, dict]:
                 counts = confusion.setdefault(f"{record['set']} {way} {d}", {})
                 counts.setdefault(label, Counter())[got["labels"][d] or "-"] += 1
                 yield d, label == got["labels"][d], 1
-        columns |= measured(args, rows, [way, args.task], hear, marks, way)
+        columns |= measured(args, rows, [way, bot.args.task], hear, marks, way)
     for name, counts in sorted(confusion.items()):
         text += [f"\n{name}: rows spoken, columns heard",
                  count_table(counts, sorted(set().union(*counts.values())))]
@@ -802,6 +802,14 @@ def in_turns(device: str, **parts) -> dict[str, np.ndarray]:
     return dict(zip(parts, times.reshape(len(parts), 2, -1)))
 
 
+def writing(device: str, theirs, ours, n: int) -> dict[str, np.ndarray]:
+    """Both write n ids: in_turns() of the first, behind its prompt, and of all others."""
+    times = in_turns(device, prefill=(lambda: theirs(1), lambda: ours(1)),
+                     decode=(lambda: theirs(n), lambda: ours(n)))
+    times["decode"] -= times["prefill"]
+    return times
+
+
 def transformers(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     """Greedy decoding by its generate(), with our weights."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -817,10 +825,8 @@ def transformers(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     def write(n: int) -> Tensor:
         return peer.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                              max_new_tokens=n)
-    times = in_turns(ids.device.type, prefill=(lambda: write(1), lambda: greedy(net, ids, 1)),
-                     decode=(lambda: write(n), lambda: greedy(net, ids, n)))
-    times["decode"] -= times["prefill"]
-    return {"equal_tokens": torch.equal(write(n)[:, -n:], greedy(net, ids, n))}, times
+    same = torch.equal(write(n)[:, -n:], greedy(net, ids, n))
+    return {"equal_tokens": same}, writing(ids.device.type, write, partial(greedy, net, ids), n)
 
 
 def whisper(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
@@ -891,10 +897,8 @@ def fp32(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     peer, net = net.decoder, copy.deepcopy(net.decoder)
     net.to_int8()
     first = [d.logits(d(d.embed(ids))).argmax(-1) for d in (peer, net)]  # (1, L) each
-    times = in_turns("cpu", prefill=(lambda: greedy(peer, ids, 1), lambda: greedy(net, ids, 1)),
-                     decode=(lambda: greedy(peer, ids, n), lambda: greedy(net, ids, n)))
-    times["decode"] -= times["prefill"]
-    return {"agree": float((first[0] == first[1]).float().mean())}, times
+    return {"agree": float((first[0] == first[1]).float().mean())}, writing(
+        "cpu", partial(greedy, peer, ids), partial(greedy, net, ids), n)
 
 
 PEERS = {"fp32": fp32, "transformers": transformers, "whisper": whisper, "cosyvoice": cosyvoice}
@@ -944,9 +948,9 @@ def speed(args) -> tuple[str, dict]:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice = bot.model, bot.voice
     out["load_s"] = time.time() - begin
-    ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt), device=device)
-    if not args.preset:  # real words for real weights
-        ids = torch.tensor([bot.tok.encode(Path(__file__).read_text())[:args.prompt]]).to(device)
+    ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt)) if args.preset else torch.tensor(
+        [bot.tok.encode(Path(__file__).read_text())[:args.prompt]])  # (1, L), real words if it can
+    ids = ids.to(device)
     if args.against:
         peer, *where = args.against
         try:

@@ -308,7 +308,8 @@ def test_understand_asks_what_the_task_asks(world, monkeypatch, capsys):
 
 def test_echat(world, monkeypatch, capsys, server):
     data = ["--data", str(world / "talk.jsonl"), str(world / "other.jsonl"), "--judge", server.url,
-            "--judge-model", "m", "--control", "shuffle", "text", "perfect", "generic", "--jobs", "1"]
+            "--judge-model", "m", "--jobs", "1",
+            "--control", "shuffle", "text", "perfect", "generic"]
     dry = call(world, monkeypatch, capsys, "echat", *data, "--dry-run")[1]
     assert dry["requests"] > 5 and not dry["cached"]
     page = world / "page.html"
