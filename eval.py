@@ -506,12 +506,15 @@ def side_by_side(args, rows: list[dict]) -> list[dict]:
         given = {name: own[row["key"]] for name, own in systems.items()} | {
             name: reply for name, reply in controls.items() if name in args.control}
         labels = labels_of(row)
+        voice = rows[other]["extra"].get("recipe") or labels_of(rows[other])  # all of it, if known
+        theirs = {"neutral": voice.get("emotion")} | voice
         cards.append({
             "key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels,
             "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
             "replies": {name: {k: reply.get(k) for k in ("text", "think", "audio")} | {
                 "tone": reply["labels"].get("reply_emotion"),
-                "verdicts": {d: judge(reply["text"], d, v) for d, v in labels.items()}}
+                "verdicts": {d: judge(reply["text"], d, v) for d, v in labels.items()
+                             if name != "shuffle" or theirs.get(d) != v}}  # shared: no control
                 for name, reply in given.items()}})
     return cards
 

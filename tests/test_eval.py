@@ -372,6 +372,21 @@ def test_a_model_of_text_replies_alone_is_asked_as_it_was_trained(world, monkeyp
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_a_reply_to_another_voice_is_judged_by_what_the_two_do_not_share(monkeypatch):
+    rows = [record("a", age="<OLD>", gender="<MALE>", q_emotion="<NEUTRAL>") | {"set": "s"},
+            record("b", age="<CHILD>") | {"set": "s"}]
+    rows[1]["extra"]["recipe"] = {"age": "CHILD", "gender": "MALE", "emotion": "NEUTRAL"}
+    monkeypatch.setattr(ev, "replies", lambda args, rows, task: [
+        {"key": r["key"], "text": f"{r['extra']['age']}, sir.", "labels": {}} for r in rows])
+    args = ev.argparse.Namespace(task="s2s", control=["shuffle"], beside=[], seed=0)
+    first = ev.side_by_side(args, rows)[0]["replies"]
+    assert first["model"]["verdicts"].keys() == {"age", "gender", "neutral"}
+    assert first["shuffle"]["text"] == "<CHILD>, sir."
+    assert [*first["shuffle"]["verdicts"]] == ["age"]
+    del rows[1]["extra"]["recipe"]  # then what its list knows
+    assert len(ev.side_by_side(args, rows)[0]["replies"]["shuffle"]["verdicts"]) == 3
+
+
 def test_ratings(world, monkeypatch, capsys, tmp_path):
     rows = [{"key": "a", "set": "age", "scores": {"model": 5, "generic": 1}, "best": "model"},
             {"key": "b", "set": "age", "scores": {"model": 3}, "best": None}]
