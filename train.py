@@ -442,7 +442,8 @@ class Dialogue:
         T, S = q.shape[1], k.shape[1]
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
             else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
-        attention = (q @ k.transpose(1, 2) / E ** 0.5).masked_fill(~seen, -1e9).log_softmax(-1)
+        scores = (q @ k.transpose(1, 2) / E ** 0.5).float().masked_fill(~seen, -1e9)
+        attention = scores.log_softmax(-1)
         now = batch["query"][:, S - T:, None]  # (B, T, 1)
         away = ((now - batch["key"][:, None]) ** 2 / 2).masked_fill(~seen, math.inf)  # (B, T, S)
         there = (now[..., 0] > NEVER) & (away.amin(-1) < 50)  # else its text is yet to come
@@ -835,7 +836,7 @@ class Trainer:
         state = self.saved() if args.resume else None
         if state:
             self.trainee.module.load_state_dict(state["module"])
-        self.computed = nullcontext()
+        self.computed = torch.autocast(self.kind, torch.bfloat16, enabled=args.bf16)
         if args.shard:
             self.shard()
         self.trainee.module.to(self.device)
@@ -971,7 +972,8 @@ class Trainer:
                 return None
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["scale"]
-            optimizer.step()
+            with self.computed:  # Muon's matrices, too
+                optimizer.step()
         self.bad = 0
         return out
 
@@ -1180,6 +1182,8 @@ def main() -> None:
     p.add_argument("--log-every", type=int, default=20)
     p.add_argument("--save-every", type=int, default=500)
     p.add_argument("--keep", type=int, default=0, help="also the latest N of these, as step-N")
+    p.add_argument("--bf16", action="store_true",
+                   help="products of matrices in bfloat16, weights and sums in fp32")
     p.add_argument("--shard", action="store_true",
                    help="FSDP2 with activation checkpointing, bf16 on a GPU: for the paper preset")
     p.add_argument("--workers", type=int, default=1)

@@ -518,6 +518,25 @@ def test_every_stage_overfits_and_trains_what_it_should(run, lists, checkpoint, 
         assert os.path.exists(os.path.join(trainer.args.out, name)), name
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_trains_as_fp32_does(run, lists, checkpoint, stage):
+    """Nearly the same losses, the weights and what is saved in fp32; also Muon, ear and guide."""
+    flags = {"vocoder": dict(mel_only=2), "tokenizer": dict(quantise_after=1)}.get(
+        stage, dict(muon=True, ear=0.5, guide=0.5)) | {"lr": 0.001}
+    both = [run(stage, of(lists, stage), f"{n} bits", steps=4, valid=of(lists, stage)[0],
+                valid_every=4, valid_batches=1, **flags, **more)
+            for n, more in ((32, {}), (16, {"bf16": True}))]
+    for line, rough in zip(*map(log, both)):  # later ones drop out other units
+        assert line.keys() == rough.keys()
+        names = line.keys() & {*PARTS, "mel", "flow"} if line["step"] > 1 else \
+            line.keys() - {"stage", "rate", "wait", "minutes", "gb"}
+        for name in names:
+            assert rough[name] == pytest.approx(line[name], rel=0.1), (line["step"], name)
+    exact, rough = (t.trainee.module.state_dict() for t in both)
+    assert {v.dtype for v in rough.values()} == {v.dtype for v in exact.values()}
+    assert any(not torch.equal(v, exact[k]) for k, v in rough.items())
+
+
 def test_stage_one_may_train_the_decoder_of_a_small_model(run, lists):
     assert STAGES["align"].trains == ("adapter",)
     trainer = run("align", lists["align"], trains=["adapter", "decoder"], steps=0)
