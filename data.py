@@ -220,9 +220,16 @@ def read_wave(path: str, rate: int = SAMPLE_RATE, start: float = 0.0, end: float
     return torch.from_numpy(wave)
 
 
-def seconds_of(path: str) -> float:
+def place(turn: dict) -> tuple[str, float, float | None]:
+    """Where the audio of a record or of a turn is: file, first and last second. BadInput: none."""
+    if not turn.get("wav"):
+        raise BadInput("no wav")
+    return turn["wav"], turn.get("start", 0.0), turn.get("end")
+
+
+def seconds_of(path: str, start: float = 0.0, end: float | None = None) -> float:
     """Duration from the file's header only."""
-    with audio(path) as (f, _, samples):
+    with audio(path, start, end) as (f, _, samples):
         return samples / f.samplerate
 
 
@@ -315,7 +322,7 @@ TAG = re.compile("<(?:[A-Z_]+|&&)>")
 def moved(record: dict, change) -> dict:
     """The record with every path in it changed."""
     extra = record["extra"]
-    past = [(turn, "wav") for turn in extra.get("history", [])]
+    past = [(turn, "wav") for turn in extra.get("history") or []]
     for home, name in ((record, "wav"), (extra, "reply_wav"), (extra, "voice"), *past):
         if home.get(name):
             home[name] = change(home[name])
@@ -374,10 +381,16 @@ def records(path: str, skip: int = 0):
         except (ValueError, TypeError):
             extra = record["extra"] = {}
             record["bad"] = "extra is not JSON"
+        record["txt"] = record["txt"].replace("<ANGRY>", "<ANGER>")  # released lists have both
+        if extra.get("q_emotion") == "<ANGRY>":
+            extra["q_emotion"] = "<ANGER>"
         if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
             rest = extra.get("history") or [{}] * len(turns)
             extra["history"] = [turn | more for turn, more in zip(turns, rest)]
-        yield moved(record, partial(whole, folder=folder))
+        try:
+            yield moved(record, partial(whole, folder=folder))
+        except (TypeError, AttributeError):
+            yield {"task": "", "txt": "", "extra": {}, "bad": "a path or the history is malformed"}
 
 
 def count(path: str) -> float:
@@ -396,12 +409,19 @@ def count(path: str) -> float:
     return max(1, ends * size / max(1, read)) * each
 
 
+def reason(e: BadInput) -> str:
+    """Why, without the name of a file and what was found there."""
+    return str(e).rpartition(": ")[2].partition(" (")[0]
+
+
 def attempt(make, record: dict, *more):
-    """What is made of a record, or the reason why it is rejected, without the name of a file."""
+    """What is made of a record, or the reason why it is rejected."""
     try:
         return record.get("bad") or make(record, *more)
     except BadInput as e:
-        return str(e).rpartition(": ")[2].partition(" (")[0]
+        return reason(e)
+    except (TypeError, KeyError, AttributeError) as e:  # text where a number should be, and so on
+        return f"malformed: {e}"
 
 
 class Source:
@@ -409,36 +429,52 @@ class Source:
 
     A window of records is read, turned into samples, sorted by length, cut into batches of at
     most `budget` computed positions (longest x count) and the batches shuffled. `state` is all
-    there is to resume: which epoch, which window, how many of its batches are used, and for the
-    log, how many records were rejected for which reason.
+    there is to resume: which epoch, which window, how many of its batches are used of each kind,
+    and for the log, how many records were rejected for which reason.
     """
 
     def __init__(self, path: str, weight: float, make, budget: int, seed: int, window: int = 4000):
         self.path, self.weight, self.make = path, weight, make
         self.budget, self.seed, self.window = budget, seed, window
-        self.state = {"epoch": 0, "window": 0, "used": 0, "rejected": {}}
+        self.state = {"epoch": 0, "window": 0, "used": {}, "rejected": {}}
 
-    def batches(self):
-        state = self.state
+    def made(self, chunk: list[dict]) -> dict[str, list]:
+        """The batches of a window by their kind, in the order of their use."""
+        state, kinds = self.state, {}
+        rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
+        samples = [attempt(self.make, r, state["epoch"], rng) for r in chunk]
+        if not state["used"]:  # rejects count once, if the run was cut in this window
+            rejected = Counter(s for s in samples if isinstance(s, str))
+            state["rejected"] = dict(rejected + Counter(state["rejected"]))
+        cut = cut_batches([s for s in samples if not isinstance(s, str)], self.budget)
+        rng.shuffle(cut)
+        for batch in cut:
+            kinds.setdefault(batch[0].kind, []).append(batch)
+        return kinds
+
+    def batches(self, share: int = 1):
+        """Batches without end; `share` that follow on each other are of one kind, but for what
+        is left of a window: ranks that train side by side do the same work."""
+        state, turn, last = self.state, 0, None
         while True:
-            empty = state["window"] == state["used"] == 0  # a whole epoch, from its start
+            empty = state["window"] == 0 and not state["used"]  # a whole epoch, from its start
             stream = records(self.path, state["window"] * self.window)
             while chunk := list(itertools.islice(stream, self.window)):
-                rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
-                made = [attempt(self.make, r, state["epoch"], rng) for r in chunk]
-                if not state["used"]:  # rejects count once, if the run was cut in this window
-                    rejected = Counter(m for m in made if isinstance(m, str))
-                    state["rejected"] = dict(rejected + Counter(state["rejected"]))
-                cut = cut_batches([m for m in made if not isinstance(m, str)], self.budget)
-                rng.shuffle(cut)
-                for batch in cut[state["used"]:]:
-                    empty = False
-                    state["used"] += 1
+                kinds = self.made(chunk)
+                while left := {kind: n for kind, own in kinds.items()
+                               if (n := len(own) - state["used"].get(kind, 0))}:
+                    if turn % share == 0 or last not in left:
+                        place = [self.seed, *map(state.get, ("epoch", "window", "used"))]
+                        rng = random.Random(f"{place}")
+                        last, = rng.choices([*left], [*left.values()])
+                    turn, empty = turn + 1, False
+                    batch = kinds[last][-left[last]]
+                    state["used"] = state["used"] | {last: len(kinds[last]) - left[last] + 1}
                     yield batch
-                state.update(window=state["window"] + 1, used=0)
+                state.update(window=state["window"] + 1, used={})
             if empty:
                 raise BadInput(f"{self.path}: no usable record, rejected: {state['rejected']}")
-            state.update(epoch=state["epoch"] + 1, window=0, used=0)
+            state.update(epoch=state["epoch"] + 1, window=0, used={})
 
 
 def cut_batches(samples: list, budget: int) -> list[list]:
@@ -475,7 +511,7 @@ class Mixture(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         if worker:
             torch.set_num_threads(1)
-        streams = [s.batches() for s in self.sources]
+        streams = [s.batches(self.world) for s in self.sources]
         weights = [s.weight for s in self.sources]
         for turn in itertools.count():
             rng = random.Random(f"{self.seed} mix {self.drawn}")
@@ -513,6 +549,9 @@ LABELS = {"age": ("CHILD", "ADULT", "OLD"), "gender": ("MALE", "FEMALE"),
           "event": ("LAUGH", "COUGH", "CRY", "SCREAMING", "SIGH", "THROAT_CLEARING", "SNEEZE",
                     "OTHER")}
 IN_EXTRA = {"age": "age", "gender": "gender", "emotion": "q_emotion", "event": "caption"}
+TAGS = {"<TRANSCRIBE>": "asr", "<PUNCTUATION>": "asr",  # what is asked for; ours has punctuation
+        "<EMOTION>": "emotion", "<GENDER>": "gender", "<AGE>": "age", "<EVENT>": "event",
+        "<CAPTION>": "event"}
 QUERY_SR, REPLY_SR, HOP = 16000, 24000, 0.0125
 
 
@@ -1269,10 +1308,11 @@ def build(args: argparse.Namespace):
 # ---------------------------------------------------------------------------------------------
 # Commands on lists
 
-def spoken(record: dict) -> str | None:
-    """The 24 kHz speech of a record that the model learns to say."""
-    return record["extra"].get("reply_wav") or (
-        record.get("wav") if record["task"].startswith("<TEXT2TOKEN>") else None)
+def spoken(record: dict) -> tuple[str, float, float | None] | None:
+    """The 24 kHz speech of a record that the model learns to say: file, first and last second."""
+    if record["extra"].get("reply_wav"):
+        return record["extra"]["reply_wav"], 0.0, None
+    return place(record) if record["task"].startswith("<TEXT2TOKEN>") and record.get("wav") else None
 
 
 def write_lines(path: str, rows) -> None:
@@ -1286,40 +1326,98 @@ def write_list(path: str, made) -> None:
     write_lines(path, (moved(r, lambda name: os.path.relpath(name, home)) for r in made))
 
 
+def spoken_wave(record: dict, rate: int) -> Tensor:
+    path, start, end = spoken(record) or ("", 0.0, None)
+    return read_wave(path, rate, start, end)
+
+
+def part_of(path: str, *made_from) -> str:
+    """The file in which a command collects what it makes of these things, until it is whole."""
+    stamp = hashlib.sha1(json.dumps(made_from).encode()).hexdigest()[:8]
+    return f"{path}.{stamp}.part"
+
+
+def whole_lines(f) -> int:
+    """How many lines a part has; a line that a killed run left half is cut off."""
+    f.seek(0)
+    sizes = [len(line) for line in f if line.endswith(b"\n")]
+    f.truncate(sum(sizes))
+    return len(sizes)
+
+
+def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
+    """That of a checkpoint folder, or S3 v1 of a .pt as S3Tokenizer names its weights, or of the
+    released .onnx."""
+    from encoder import read_onnx, released_s3
+    from model import expecting, load_s3, read_weights
+    if not args.s3:
+        return load_s3(args.model, device)
+    with expecting("S3 v1", args.s3):
+        return released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
+                             else (read_weights(args.s3), args.rate))).to(device)
+
+
 @torch.inference_mode()
 def tokens(args: argparse.Namespace, batch: int = 16) -> None:
-    """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken."""
-    from model import load_s3
+    """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken. What
+    is made lies in LIST.*.part, where the same command goes on after a stop. Says counts."""
+    if not args.model and not args.s3:
+        raise BadInput("tokens takes --model or --s3")
     for path in args.lists:
         parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
-    s3, done = load_s3(args.model), {}
-    wanted = sorted({(seconds_of(w), w) for path in args.lists for r in records(path)
-                     if (w := spoken(r)) and "speech_token" not in r["extra"]})
-    for i in tqdm(range(0, len(wanted), batch), unit=" batches", desc="speech codes"):
-        paths = [w for _, w in wanted[i:i + batch]]
-        mels = [features(w, s3.cfg.n_mels) for w in paths]
-        codes, lengths = s3.encode(pad_stack(mels), torch.tensor([len(m) for m in mels]))
-        done |= {w: c[:n].tolist() for w, c, n in zip(paths, codes, lengths)}
+    s3, found, wanted = speech_tokenizer(args, args.device), Counter(), []
+    source = args.s3 or f"{args.model}/tokenizer_s3.safetensors"
+    part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns)
+    with open(part, "a+b") as f:
+        whole_lines(f)
+        f.seek(0)
+        done = {tuple(clip): codes for clip, codes in map(json.loads, f)}
+        for clip in {clip for path in args.lists for r in records(path) if (clip := spoken(r))
+                     and not r["extra"].get("speech_token")} - done.keys():
+            try:
+                wanted.append((seconds_of(*clip), clip))
+            except BadInput as e:
+                found[reason(e)] += 1
+        wanted.sort(key=lambda item: (item[0], str(item[1])))
+        for i in tqdm(range(0, len(wanted), batch), unit=" batches", desc="speech codes",
+                      disable=not wanted):
+            mels = {}
+            for _, (path, *span) in wanted[i:i + batch]:
+                try:
+                    mels[path, *span] = features(path, s3.cfg.n_mels, *span).to(args.device)
+                except BadInput as e:
+                    found[reason(e)] += 1
+            if mels:
+                lengths = torch.tensor([len(m) for m in mels.values()], device=args.device)
+                codes, lengths = s3.encode(pad_stack([*mels.values()]), lengths)
+                new = {clip: c[:n].tolist() for clip, c, n in zip(mels, codes, lengths)}
+                f.writelines(json.dumps(item).encode() + b"\n" for item in new.items())
+                f.flush()
+                done |= new
 
     def filled(path: str):
         for line, record in zip(lines(path), records(path)):
             row = parsed(path, *line)  # as written, paths untouched
-            if spoken(record) in done:
-                row["extra"] = (row.get("extra") or {}) | {"speech_token": done[spoken(record)]}
+            if (clip := spoken(record)) in done:
+                row["extra"] = (row.get("extra") or {}) | {"speech_token": done[clip]}
+                found["written"] += 1
             yield row
     for path in args.lists:
         write_lines(path, filled(path))
+    os.remove(part)
+    if found and not found["written"]:
+        raise BadInput(f"{args.lists[0]}: no speech, rejected: {dict(found)}")
+    print(json.dumps(found))
 
 
 def members(record: dict, folder: str) -> dict[str, bytes]:
     """What a shard holds of a record, by suffix; audio as 16-bit PCM."""
     extra, out = record["extra"], {"task": record["task"].encode()}
-    past = extra.get("history", [])
+    past = extra.get("history") or []
     for end, turn in (("", record), *((f"_{i}", turn) for i, turn in enumerate(past, 1))):
         out["txt" + end] = turn.get("txt", "").encode()
         if turn.get("wav"):
-            place = turn["wav"], turn.get("start", 0.0), turn.get("end")
-            with audio(*place) as (f, first, samples):
+            with audio(*place(turn)) as (f, first, samples):
                 f.seek(first)
                 sf.write(wave := io.BytesIO(), f.read(samples, "int16"), f.samplerate,
                          "PCM_16", format="WAV")
@@ -1354,6 +1452,34 @@ def shards(args: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
+def usable(record: dict, codes: int = 4096) -> tuple[str, list[tuple], list[int]]:
+    """What a record is for (t2t, tts, understand, s2t or s2s) and the user's speech, oldest turn
+    first, as (path, start, end) and in frames. BadInput where something is missing or wrong."""
+    task, extra, words = record["task"], record["extra"], TAG.findall(record["task"])
+    if task.startswith("<TEXT2T"):
+        kind = "t2t" if task == "<TEXT2TEXT>" else "tts"
+    elif "<S2TCHAT" in task:
+        kind = "s2s" if "<TEXT2TOKEN>" in task else "s2t"
+    else:
+        kind = "understand"
+        if not words or not TAGS.keys() >= set(words):
+            raise BadInput(f"unknown task {task}")
+    if kind == "t2t" and not extra.get("question"):
+        raise BadInput("no question")
+    past = extra.get("history") or [] if kind in ("s2s", "s2t") else []
+    if kind in ("tts", "s2s") and not extra.get("speech_token"):
+        raise BadInput("no speech_token")
+    for said in (extra if kind in ("tts", "s2s") else {}, *past):
+        said = said.get("speech_token") or [0]
+        if not 0 <= min(said) <= max(said) < codes:
+            raise BadInput("speech code out of range")
+    clips = [place(turn) for turn in ([*past, record] if kind not in ("t2t", "tts") else [])]
+    frames = [frames_of(*clip) for clip in clips]
+    if not all(20 <= n <= 20000 for n in frames):
+        raise BadInput("audio shorter than 0.2 s or longer than 200 s")
+    return kind, clips, frames
+
+
 def known_labels(record: dict) -> dict[str, str]:
     """The labels of a record by name, without brackets: of a dialogue those in extra."""
     tags = TAG.findall(record["txt"])
@@ -1368,14 +1494,11 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
     each what to count, a list with "written" in it or else the reason why it is left out. All of
     that lies in OUT.*.part, where the same command goes on after a stop. Says counts."""
     times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
-    stamp = json.dumps([vars(args) | {"batch": 0}, times])  # of this model, list and threshold
-    found, part = Counter(), f"{args.out}.{hashlib.sha1(stamp.encode()).hexdigest()[:8]}.part"
+    found, part = Counter(), part_of(args.out, vars(args) | {"batch": 0}, times)
     with open(part, "a+b") as f:
-        f.seek(0)
-        done = [len(line) for line in f if line.endswith(b"\n")]
-        f.truncate(sum(done))  # a line that a killed run left half
-        stream = records(args.list, len(done))
-        with tqdm(desc=args.command, initial=len(done), total=round(count(args.list)),
+        done = whole_lines(f)
+        stream = records(args.list, done)
+        with tqdm(desc=args.command, initial=done, total=round(count(args.list)),
                   unit=" records") as bar:
             while chunk := list(itertools.islice(stream, size)):
                 f.writelines(json.dumps(made).encode() + b"\n" for made in zip(work(chunk), chunk))
@@ -1395,9 +1518,8 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
 
 def heard_wave(record: dict, n_mels: int) -> Tensor:
     """The log-mel (T, n_mels) of a record's audio, or of a turn of its history."""
-    if not record.get("wav"):
-        raise BadInput("no wav")
-    return features(record["wav"], n_mels, record.get("start", 0.0), record.get("end"))
+    path, start, end = place(record)
+    return features(path, n_mels, start, end)
 
 
 def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, float]:
@@ -1458,7 +1580,7 @@ def answer(args: argparse.Namespace) -> None:
             return "no spoken dialogue"
         return (heard_wave(record, n_mels), "", [
             (heard_wave(turn, n_mels), turn["txt"], turn.get("speech_token") or [])
-            for turn in record["extra"].get("history", [])])
+            for turn in record["extra"].get("history") or []])
 
     def reply(record: dict, text: list[int], speech: list[int]) -> list[str] | str:
         think, end, txt = tok.decode(text[:-1]).partition(THINK_END)
@@ -1494,16 +1616,17 @@ def answer(args: argparse.Namespace) -> None:
 def voice(args: argparse.Namespace) -> None:
     """A voice file: a prompt (codes and mel of the first wav) and a speaker vector. Ours is the
     mean and the spread of the log-mel of all wavs over time; CosyVoice has CAM++ here."""
-    from model import load_config, load_s3, save_weights
+    from model import load_config, save_weights
     from vocoder import hift, mel_spectrogram
     released = args.s3 and args.speaker and not args.model and len(args.wavs) == 1
     if not released and (args.s3 or args.speaker or not args.model):
         raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
     if released:
-        cfg, (spk, s3) = hift(), released_parts(args)
+        cfg, spk = hift(), released_speaker(args)
     else:
-        config, s3 = load_config(args.model), load_s3(args.model)
+        config = load_config(args.model)
         cfg = config.vocoder
+    s3 = speech_tokenizer(args)
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
     heard, mel = features(args.wavs[0], s3.cfg.n_mels)[None], mels[0]  # (1, T, 80)
     codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
@@ -1516,11 +1639,9 @@ def voice(args: argparse.Namespace) -> None:
     save_weights(args.out, {"spk": spk, "prompt_codes": codes, "prompt_mel": mel})
 
 
-def released_parts(args: argparse.Namespace) -> tuple:
-    """For the released CosyVoice-300M: the vector (1, 192) that campplus.onnx makes of the wav,
-    and S3 v1 of a .pt as S3Tokenizer names its weights, or of the .onnx."""
-    from encoder import fbank, read_onnx, released_s3
-    from model import expecting, read_weights
+def released_speaker(args: argparse.Namespace) -> Tensor:
+    """For the released CosyVoice-300M: the vector (1, 192) that campplus.onnx makes of the wav."""
+    from encoder import fbank
     wave = read_wave(args.wavs[0])
     if not 0.1 <= len(wave) / SAMPLE_RATE <= 30:  # the positions that S3 was trained with
         raise BadInput(f"{args.wavs[0]}: {len(wave) / SAMPLE_RATE:.2f} s, a prompt has 0.1 to 30 s")
@@ -1530,22 +1651,19 @@ def released_parts(args: argparse.Namespace) -> tuple:
         import onnxruntime
         session = onnxruntime.InferenceSession(args.speaker, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: fbank(wave)[None].numpy()}
-        spk = torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
+        return torch.from_numpy(session.run(None, feed)[0]).reshape(1, -1)
     except ImportError:
         raise BadInput("to run campplus.onnx, install onnxruntime (pip install onnxruntime)"
                        ) from None
     except Exception as e:  # onnxruntime's errors have no public base
         why = str(e).partition("\n")[0][:150]
         raise BadInput(f"{args.speaker}: expected campplus.onnx ({why})") from None
-    with expecting("S3 v1", args.s3):
-        return spk, released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
-                                  else (read_weights(args.s3), args.rate)))
 
 
 def tokenizer(args: argparse.Namespace) -> None:
     """Train the BPE on a file of texts, and on prompts, think template and tags, often enough that
     it makes short work of them."""
-    from model import SYSTEM, TAGS, UNKNOWN, label_think, user_prompt
+    from model import SYSTEM, UNKNOWN, label_think, user_prompt
     tasks = sorted(set(TAGS.values()))
     tags = [*itertools.chain(*LABELS.values()), "SORRY"]
     think = label_think("en", "Hello.", dict.fromkeys([*LABELS, "reply_emotion"], "<SAD>"))
@@ -1559,20 +1677,18 @@ def tokenizer(args: argparse.Namespace) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Lint lists: counts records, hours, tasks and labels, and problems with their reasons."""
-    def seconds(record: dict) -> float | str:
-        if record.get("wav"):
-            return seconds_of(record["wav"])
-        return 0.0 if record["task"] == "<TEXT2TEXT>" else "no wav"
+    def seconds(record: dict) -> float:
+        return seconds_of(*place(record)) if record.get("wav") else 0.0
     for path in args.lists:
         tasks, labels, problems, total = Counter(), Counter(), Counter(), 0.0
         for record in records(path):
             tasks[record["task"]] += 1
             labels.update(map(" ".join, known_labels(record).items()))
-            found = attempt(seconds, record)
-            if isinstance(found, str):
-                problems[found] += 1
-            else:
-                total += found
+            for found in (attempt(usable, record), attempt(seconds, record)):
+                if isinstance(found, str):
+                    problems[found] += 1
+                    break
+                total += found if isinstance(found, float) else 0.0
         print(path, json.dumps({
             "records": tasks.total(), "hours": round(total / 3600, 2), "tasks": tasks,
             "labels": labels, "problems": problems}, indent=1, ensure_ascii=False))
@@ -1845,17 +1961,17 @@ def main() -> None:
     add("build", "--jobs", type=int, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")
     add("tokenizer", "--vocab", type=int, default=1024)
-    add("tokens", "--model", required=True, help="folder with tokenizer_s3.safetensors")
+    add("tokens", "--model", help="folder with tokenizer_s3.safetensors")
     add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
     add("answer", "--model", required=True, help="folder after stage empathy")
     add("answer", "--batch", type=int, default=32, help="dialogues at a time")
-    add("pseudo-label answer", "--device", default="cpu")
+    add("pseudo-label answer tokens", "--device", default="cpu")
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
-    add("voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("tokens voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
     add("voice", "--speaker", help="campplus.onnx")
-    add("voice", "--rate", type=int, choices=(25, 50), default=25,
+    add("tokens voice", "--rate", type=int, choices=(25, 50), default=25,
         help="codes a second, where --s3 does not tell (.onnx does)")
     add("ask", "--what", required=True, choices=READ)
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "

@@ -47,7 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, LABELS, BadInput, Judge, json_lines, messages, read_jsonl, read_wave,
+from data import (IN_EXTRA, LABELS, TAGS, BadInput, Judge, json_lines, messages, read_jsonl, read_wave,
                   records, replacing, run_items, sections, spellings, spoken, write_lines,
                   write_wave)
 from decoder import KVCache
@@ -359,7 +359,7 @@ def truth(record: dict, way: str) -> dict[str, str]:
     """Transcript and labels of a record: what it asks for, or (think) all that is known of it."""
     words, *given = re.split(r"<([^<>]+)>", record["txt"])
     tags = [w for t in re.findall(r"<[A-Z]+>", record["task"])
-            if (w := echat.TAGS.get(t, "asr")) != "asr"]
+            if (w := TAGS.get(t, "asr")) != "asr"]
     known = {"asr": record["extra"].get("q_txt", words) or "&&"} | dict(zip(tags, given[::2])) | (
         record["extra"].get("recipe", {}) if way == "think" else {})
     return {k: known[k] for k in echat.ASKED if known.get(k, "&&") != "&&"}
@@ -720,7 +720,7 @@ def qa(args) -> tuple[str, dict]:
 def baseline(bot: Chatbot, record: dict, way: str) -> tuple[dict, Tensor]:
     """A record as if answered: its own recording, as it is or through a part of the voice."""
     cfg = bot.model.cfg.vocoder
-    wave = read_wave(spoken(record) or "", cfg.sample_rate)
+    wave = spoken_wave(record, cfg.sample_rate)
     if way == "resynthesis":
         if not (codes := record["extra"].get("speech_token")):
             raise BadInput("no speech_token, which python data.py tokens adds")
@@ -759,7 +759,7 @@ def tts(args) -> tuple[str, dict]:
     def judged(some: list[dict], way: str) -> list[dict]:
         said = answers(bot, some) if way == "model" else [baseline(bot, r, way) for r in some]
         return [rated(result["text"], wave, rate, listen, mos, like and (
-            lambda own, r=r: like(own, read_wave(spoken(r) or "").numpy())))
+            lambda own, r=r: like(own, spoken_wave(r, SAMPLE_RATE).numpy())))
             for r, (result, wave) in zip(some, said)]
     def marks(record: dict, item: dict):
         yield "mute", item["seconds"] < 0.1, 1

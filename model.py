@@ -74,8 +74,6 @@ def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
 
 
 # What an understanding task may be asked for, its list tags, and how it is asked.
-TAGS = {"<TRANSCRIBE>": "asr", "<EMOTION>": "emotion", "<GENDER>": "gender", "<AGE>": "age",
-        "<EVENT>": "event", "<CAPTION>": "event"}
 ASKED = ("asr", "age", "gender", "emotion", "event")  # the order of question and answer
 NATURAL = "Think in your own words."  # asks a think-mode model of ours for the natural think
 

@@ -64,22 +64,25 @@ class Stage:
     interleave: tuple[float, float] = (0.0, 0.0)
     think: float = 0.0
     s2t: float = 0.0
+    epochs: float = math.inf  # without --steps and --minutes; the paper's
     labels: bool = True
 
 
 STAGES = {
     "text": Stage(("decoder",)),  # T2T; the paper takes Qwen2.5 as given
-    "align": Stage(("adapter",)),  # 1.1: ASR
-    "understand": Stage(("adapter", "encoder")),  # 1.2: + ASR+P
-    "paralinguistic": Stage(("adapter", "encoder")),  # 1.3: + only P
-    "full-label": Stage(("adapter", "encoder")),  # 1.4: + all labels at once (data.py pseudo-label)
+    "align": Stage(("adapter",), epochs=1),  # 1.1: ASR
+    "understand": Stage(("adapter", "encoder"), epochs=1),  # 1.2: + ASR+P
+    "paralinguistic": Stage(("adapter", "encoder"), epochs=1),  # 1.3: + only P
+    "full-label": Stage(("adapter", "encoder"), epochs=1),  # 1.4: + all labels (pseudo-label)
     # 2.1: TTS, T2T, 0.1 x the data of stage 1. Released freeze list "llm" would freeze the speech
     # embedding and head; here they train. 2.2: + plain S2S.
-    "tts": Stage(("decoder",), interleave=(0.0, 0.5)),
-    "s2s": Stage(("encoder", "adapter", "decoder"), interleave=(0.0, 0.5)),
+    "tts": Stage(("decoder",), interleave=(0.0, 0.5), epochs=2),
+    "s2s": Stage(("encoder", "adapter", "decoder"), interleave=(0.0, 0.5), epochs=2),
     # 3: + EChat at 0.2; then its direct replies and the model's own ones (data.py answer)
-    "empathy": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=1.0, s2t=0.1),
-    "distill": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=0.5, s2t=0.1),
+    "empathy": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=1.0, s2t=0.1,
+                     epochs=1),
+    "distill": Stage(("encoder", "adapter", "decoder"), interleave=(0.5, 0.5), think=0.5, s2t=0.1,
+                     epochs=1),
     "tokenizer": Stage(("s3",), budget=8000),
     "flow": Stage(("flow",), budget=3200),
     "vocoder": Stage(("vocoder",), budget=576),
@@ -92,7 +95,7 @@ PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
 # --guide: how near in seconds the text must be to the code, and the user's speech to the word,
 # which its pauses displace; the time of what has none; a shift that keeps the two apart
 NEAR, FAR, NEVER, ELSEWHERE = 0.25, 0.7, -1e9, 1e4
-HEARD = 20000  # clips whose encoding is kept: 3 GB of mini's at 4 s
+HEARD = 3 * 10**9  # bytes of clips' encodings that are kept: 20,000 of mini's at 4 s
 PAUSE = {ord(c): n for c, n in ((",", 3), (".", 6), ("!", 6), ("?", 6))}
 
 
@@ -180,47 +183,26 @@ def interleave(text: list[int], speech: list[int]) -> list[tuple[str, list[int]]
 
 def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: Tokenizer,
              cfg: echat.Config) -> Sample | str:
-    """One record of a list -> the sequence it trains, or the reason why it is rejected."""
+    """One record of a list -> the sequence it trains, or the reason why it is rejected. BadInput
+    where something in it is missing or wrong."""
     task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
     V, close = cfg.decoder.vocab, cfg.decoder.codes
-    slots, past, clips = [], [], []
-    if task.startswith("<TEXT2T"):
-        kind = "t2t" if task == "<TEXT2TEXT>" else "tts"
-    else:
-        kind = "understand" if "<S2TCHAT" not in task else \
-            "s2s" if "<TEXT2TOKEN>" in task else "s2t"
-        past = extra.get("history", []) if kind != "understand" else []  # wav, txt, speech_token
-        for turn in [*past, record]:
-            if not turn.get("wav"):
-                return "no wav"
-            clips.append((turn["wav"], turn.get("start", 0.0), turn.get("end")))
-            frames = data.frames_of(*clips[-1])
-            if not 20 <= frames <= 20000:
-                return "audio shorter than 0.2 s or longer than 200 s"
-            slots.append(echat.EChat.audio_slots(frames))
-    speaks = kind in ("tts", "s2s")
-    codes = extra.get("speech_token") or []
-    if speaks and not codes:
-        return "no speech_token"
-    if speaks and max(codes) >= close:
-        return "speech code out of range"
+    kind, clips, frames = data.usable(record, close)
+    slots = [echat.EChat.audio_slots(n) for n in frames]
+    speaks, codes = kind in ("tts", "s2s"), extra.get("speech_token") or []
     speech = [V + close, *(V + c for c in codes), V + close]
-
     if kind == "t2t":
-        if not extra.get("question"):
-            return "no question"
         sample = Sample("t2t")
         sample.add(prompt("t2t", tok, cfg.decoder, text=extra["question"]))
         sample.add([*tok.encode(txt), tok.im_end], "text")
         return sample
     if kind == "understand":  # eq. 1: the words, then the labels
         if not stage.labels:
-            if "<TRANSCRIBE>" not in task:
-                return "only P, left out by --ablate u-driven"
             task, txt = "<TRANSCRIBE>", TAG.split(txt)[0]
+            if not txt:
+                return "only P, left out by --ablate u-driven"
             record = record | {"txt": txt}
-        wanted = [echat.TAGS[t] for t in TAG.findall(task) if t in echat.TAGS]
-        user = echat.user_prompt(wanted)
+        user = echat.user_prompt([data.TAGS[t] for t in TAG.findall(task)])
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         for name, value in data.known_labels(record).items():
@@ -256,18 +238,19 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         return sample
 
     # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
-    history = [(n, t["txt"], t.get("speech_token") or []) for n, t in zip(slots, past)]
-    think, user = "", ""
+    history = [(n, turn["txt"], turn.get("speech_token") or [])
+               for n, turn in zip(slots, extra.get("history") or [])]
+    think, user, said = "", "", extra.get("q_txt") or extra.get("question") or ""
     if rng.random() < stage.think and "own_think" not in extra:  # that reply fits its own labels
-        if "think_str" in extra and rng.random() < 0.25:
+        if extra.get("think_str") and rng.random() < 0.25:
             think = echat.THINK + extra["think_str"] + echat.THINK_END
             user = echat.NATURAL if cfg.language == "en" else ""
             txt = re.sub("^<[^<>]+>", "", txt)  # the reply's emotion belongs to the label think
         else:
             labels = {name: extra.get(key) for name, key in data.IN_EXTRA.items()}
-            labels["reply_emotion"] = extra.get("emotion")
-            think = label_think(cfg.language, extra.get("q_txt") or extra.get("question", ""),
-                                labels)
+            tone = re.match("<[^<>]+>", txt)  # released lists have it only here
+            labels["reply_emotion"] = extra.get("emotion") or (tone and tone[0])
+            think = label_think(cfg.language, said or echat.UNKNOWN, labels)
     answer = [*tok.encode(think + txt), tok.im_end]  # one string: `>` may merge with what follows
     thought = think_length(answer, tok)
     text = answer[thought:]
@@ -276,7 +259,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     sample = Sample(name + user, audio=clips)
     sample.add(prompt(name, tok, cfg.decoder, slots[-1], user, history))
     sample.add(answer[:thought], "think", tok.unknown)
-    first, heard = sample.length, think.find(said := extra.get("q_txt") or "")
+    first, heard = sample.length, think.find(said)
     if said and heard > 0:
         heard = len(think[:heard].encode())
         sample.listen(first - thought, said_at(answer[:thought], tok, 0.08 * slots[-1], heard,
@@ -323,6 +306,7 @@ class Dialogue:
             self.guided.register_forward_pre_hook(lambda _, seen: setattr(self, "watched", seen))
         self.step = 0  # the loop's
         self.heard = {}  # clip -> what a frozen encoder makes of it: a constant, in half precision
+        self.room = HEARD  # bytes that are left for it
 
     def shard(self, device: str) -> None:
         """FSDP2: every rank holds its share of the decoder's weights, gradients and optimiser state
@@ -353,12 +337,33 @@ class Dialogue:
         if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
             batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
         if clips := [clip for s in samples for clip in s.audio]:
-            mels = [data.features(path, self.cfg.encoder.n_mels, *span) for path, *span in clips]
+            mels, lost = [], Counter()
+            for row, sample in enumerate(samples):
+                new = self.mels(sample)
+                if isinstance(new, str):  # silence, and nothing is learned from it
+                    lost[new] += 1
+                    new = [torch.zeros(data.frames_of(*clip), self.cfg.encoder.n_mels)
+                           for clip in sample.audio]
+                    for name, blank in (("targets", -100), ("part", -1), ("query", NEVER),
+                                        ("cues", -100)):
+                        batch[name][row] = blank
+                mels += new
+            batch["lost"] = dict(lost)  # torch doubles a Counter when it passes it on
             batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
             if self.args.augment and self.module.training:
                 mels = [data.spec_augment(m, rng) for m in mels]
             batch["mel"], batch["clips"] = data.pad_stack(mels), [str(clip) for clip in clips]
         return batch
+
+    def mels(self, sample: Sample) -> list[Tensor] | str:
+        """What is heard in a sample, or why it cannot be read: until here only headers were."""
+        try:
+            mels = [data.features(path, self.cfg.encoder.n_mels, *span)
+                    for path, *span in sample.audio]
+        except BadInput as e:
+            return data.reason(e)
+        slots = sum(echat.EChat.audio_slots(len(mel)) for mel in mels)
+        return mels if slots == sample.ids.count(AUDIO) else "audio not as long as its header says"
 
     def flops(self, batch: dict) -> float:
         """Of a training step on what is no pad: per weight and position 2 forward, 2 to pass the
@@ -379,14 +384,13 @@ class Dialogue:
         net, mel, lengths = self.module, batch["mel"], batch["mel_lengths"]
         if self.args.augment or not net.training or net.encoder.conv1.weight.requires_grad:
             return net.hear(mel, lengths)
-        hidden = {clip: self.heard.get(clip) for clip in batch["clips"]}
-        if new := [i for i, clip in enumerate(batch["clips"]) if hidden[clip] is None]:
-            for i, x, n in zip(new, *net.encoder(mel[new], lengths[new])):
-                clip = batch["clips"][i]
-                hidden[clip] = x[:n].half()
-                if len(self.heard) < HEARD:
-                    self.heard[clip] = hidden[clip].cpu()
-        rows = [hidden[clip].to(mel.device) for clip in batch["clips"]]
+        rows = []
+        for i, clip in enumerate(batch["clips"]):
+            if (x := self.heard.get(clip)) is None:  # alone, so that it is the same in any batch
+                x = net.encoder(mel[i:i + 1, :lengths[i]], lengths[i:i + 1])[0][0].half()
+                if x.nbytes <= self.room:
+                    self.heard[clip], self.room = x.cpu(), self.room - x.nbytes
+            rows.append(x.to(mel.device))
         return net.adapter(data.pad_stack(rows).to(mel.dtype), (lengths + 1) // 2)
 
     @torch.no_grad()
@@ -426,7 +430,7 @@ class Dialogue:
             extra = extra + self.args.guide * loss
         stats |= {name: (each.detach()[part == i].sum(), (part == i).sum())
                   for i, name in enumerate(PARTS)}
-        return each.sum() / len(each) + extra, stats
+        return each.sum() / max(1, len(each)) + extra, stats
 
     def guide(self, batch: dict) -> tuple[Tensor, tuple]:
         """One head looks at the text that is said while it predicts a code, and at the speech that
@@ -502,6 +506,20 @@ class Clip:
     voice: str = ""  # a voice file, if it is not the checkpoint's own voice
 
 
+def readable(clips: list[Clip], read) -> tuple[list[Clip], list[Tensor], dict]:
+    """The clips whose audio can be read, what is read of them, and why others cannot."""
+    found, lost = [], Counter()
+    for clip in clips:
+        try:
+            found.append((clip, read(clip)))
+        except BadInput as e:
+            lost[data.reason(e)] += 1
+            last = e
+    if not found:
+        raise last
+    return *map(list, zip(*found)), dict(lost)
+
+
 def pitch_of(clip: Clip) -> Tensor:
     """Pitch in Hz (frames,) in the middle of each frame of a clip; 0 where unvoiced."""
     before = min(clip.start, 0.1)  # its edges need what is around them
@@ -529,17 +547,18 @@ class S3:
         self.step, self.recent = 0, []  # the loop's step; features of the latest batches
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
-        text = TAG.sub("", record["txt"]).lower()
-        seconds = data.seconds_of(record["wav"])
-        if not 0.3 <= seconds <= 20 or not text:
+        text, clip = TAG.sub("", record["txt"]).lower(), data.place(record)
+        frames = data.frames_of(*clip)
+        if not 30 <= frames <= 2000 or not text:
             return "no text, or audio outside 0.3 .. 20 s"
-        return Clip(record["wav"], 0, int(seconds * 100), text)
+        return Clip(clip[0], clip[1], frames, text)
 
     def collate(self, clips: list[Clip], seed: str) -> dict:
-        mels = [data.features(c.path, self.cfg.n_mels) for c in clips]
+        clips, mels, lost = readable(clips, lambda clip: data.features(
+            clip.path, self.cfg.n_mels, clip.start, clip.start + clip.length / 100))
         texts = [torch.tensor(list(c.text.encode())) for c in clips]
         return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
-                "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)])}
+                "lost": lost, "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)])}
 
     def weight(self, batch: dict) -> int:
         return len(batch["mel"])
@@ -580,8 +599,8 @@ class Voice:
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
         extra = record["extra"]
-        path, codes = extra.get("reply_wav") or record["wav"], extra.get("speech_token") or []
-        frames = int(data.seconds_of(path) * 100)
+        (path, start, end), codes = data.spoken(record), extra.get("speech_token") or []
+        frames = int(data.seconds_of(path, start, end) * 100)
         frames = min(frames, 4 * len(codes)) if self.needs_codes else frames
         length = min(frames, self.longest) // 4 * 4
         if length < self.shortest:
@@ -589,17 +608,18 @@ class Voice:
         if self.needs_codes and not 0 <= min(codes) <= max(codes) < self.cfg.flow.codes:
             return "a code outside the codebook"
         first = rng.randint(0, (frames - length) // 4) * 4
-        return Clip(path, first / 100, length, codes=codes[first // 4:(first + length) // 4],
+        return Clip(path, start + first / 100, length, codes=codes[first // 4:(first + length) // 4],
                     voice=extra.get("voice") or "")
 
     def collate(self, clips: list[Clip], seed: str) -> dict:
         rate, hop = self.cfg.vocoder.sample_rate, self.cfg.vocoder.hop
-        waves = [data.read_wave(c.path, rate, c.start, c.start + c.length / 100) for c in clips]
+        clips, waves, lost = readable(clips, lambda clip: data.read_wave(
+            clip.path, rate, clip.start, clip.start + clip.length / 100))
         waves = [F.pad(w, (0, c.length * hop - len(w))) for w, c in zip(waves, clips)]
         codes = [torch.tensor(c.codes, dtype=torch.long) for c in clips]
         lengths, voices = torch.tensor([len(c) for c in codes]), [c.voice for c in clips]
         return {"wave": data.pad_stack(waves), "codes": data.pad_stack(codes), "lengths": lengths,
-                "voices": voices, "seed": seed}
+                "voices": voices, "seed": seed, "clips": clips, "lost": lost}
 
     def voice(self, path: str) -> dict[str, Tensor]:
         """The voice of a clip: in its own file (extra.voice), or the checkpoint's."""
@@ -665,7 +685,7 @@ class VocoderStage(Voice):
     def collate(self, clips: list[Clip], seed: str) -> dict:
         batch = super().collate(clips, seed)
         if self.cfg.vocoder.harmonics:
-            batch["f0"] = torch.stack([pitch_of(clip) for clip in clips])  # (B, T)
+            batch["f0"] = torch.stack([pitch_of(clip) for clip in batch["clips"]])  # (B, T)
         return batch
 
     def heard(self, batch: dict) -> Tensor:
@@ -726,8 +746,10 @@ def trainable(module: EChat, names: tuple[str, ...]) -> list[nn.Parameter]:
 
 
 def weighted(item: str) -> tuple[str, float]:
-    """LIST[:WEIGHT] -> path, weight."""
+    """LIST[:WEIGHT] -> path, weight. BadInput where it is 0."""
     found = re.fullmatch(r"(.+):(\d*\.?\d+)", item)
+    if found and not float(found[2]):
+        raise BadInput(f"{item}: a weight of 0")
     return (found[1], float(found[2])) if found else (item, 1.0)
 
 
@@ -826,16 +848,25 @@ class Trainer:
         self.rank, self.world, self.device, self.patient = setup(args.device)
         self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
-        known = args.init and os.path.exists(os.path.join(args.init, "config.json"))
-        self.cfg = echat.load_config(args.init) if known else echat.PRESETS[args.preset]()
+        known = [folder for folder in (args.out if args.resume else None, args.init)
+                 if folder and os.path.exists(os.path.join(folder, "config.json"))]
+        self.cfg = echat.load_config(known[0]) if known else echat.PRESETS[args.preset]()
         self.trainee = KINDS.get(args.stage, Dialogue)(args, self.cfg, self.stage)
         self.talks = isinstance(self.trainee, Dialogue)
         if self.rank:  # the weights are the same on all ranks, the dropout is not
             torch.manual_seed(args.seed + self.rank)
-        self.step, self.data_state, self.bad, self.best, self.lr = 0, None, 0, math.inf, 0.0
+        self.step, self.data_state, self.best, self.lr = 0, None, math.inf, 0.0
+        self.bad, self.skipped, self.lost = 0, 0, Counter()  # steps in a row, in all; samples
         state = self.saved() if args.resume else None
         if state:
-            self.trainee.module.load_state_dict(state["module"])
+            if len(state["data"]["sources"]) != len(args.data):
+                raise BadInput(f"{args.out}: was trained on {len(state['data']['sources'])} lists, "
+                               f"--data names {len(args.data)}")
+            try:
+                self.trainee.module.load_state_dict(state["module"])
+            except RuntimeError:
+                raise BadInput(f"{args.out}: cannot resume, another stage or other flags made it"
+                               ) from None
         self.computed = torch.autocast(self.kind, torch.bfloat16, enabled=args.bf16)
         if args.shard:
             self.shard()
@@ -908,7 +939,11 @@ class Trainer:
             start = time.time()
             micro = [next(batches) for _ in range(args.accum)]
             self.data_state = micro[-1][1]
+            if self.data_state["sources"][0]["epoch"] >= args.epochs:
+                break
             micro = [to(batch, self.device) for batch, _ in micro]
+            for batch in micro:
+                self.lost.update(batch.pop("lost", ()))
             waited += time.time() - start
             self.step += 1
             add(sums, self.update(micro) or {})
@@ -917,7 +952,8 @@ class Trainer:
                 work += sum(map(self.trainee.flops, micro))
             if self.step % args.log_every == 0:
                 took = time.time() - window
-                line = {"step": self.step, "lr": self.lr, "rate": seen * self.world / took,
+                line = {"step": self.step, "lr": self.lr,
+                        "epoch": self.data_state["sources"][0]["epoch"], "rate": seen * self.world / took,
                         "wait": waited / took, "minutes": (time.time() - begun) / 60}
                 self.log(line | self.hardware(work / took) | self.means(sums))
                 window, waited, seen, work, sums = time.time(), 0.0, 0, 0.0, {}
@@ -934,15 +970,18 @@ class Trainer:
         return bool(late)
 
     def hardware(self, flops: float) -> dict:
-        """The most GB of memory so far, MFU if the device's peak is known, rejected records."""
+        """The most GB of memory so far, MFU if the device's peak is known, and what was left out:
+        steps, and records by reason."""
         used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
         if self.kind != "cpu":
             device = torch.get_device_module(self.kind)
             used, name = device.max_memory_allocated(), device.get_device_name()
         line = {"gb": used / 1e9}
         line |= {"mfu": flops / peak for chip, peak in PEAK.items() if chip in name and flops}
-        rejected = sum((Counter(s["rejected"]) for s in self.data_state["sources"]), Counter())
-        return line | ({"rejected": dict(rejected)} if rejected else {})
+        rejected = sum((Counter(s["rejected"]) for s in self.data_state["sources"]),
+                       sum(self.everyone(self.lost), Counter()))
+        return line | {name: what for name, what in (
+            ("skipped", self.skipped), ("rejected", dict(rejected))) if what}
 
     def update(self, micro: list[dict]) -> dict | None:
         """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
@@ -950,6 +989,7 @@ class Trainer:
         trainee.step, out = self.step, {}
         total = torch.tensor(float(sum(batch["weight"] for batch in micro)), device=self.device)
         all_reduce([total])
+        total.clamp_(min=1)
         self.lr = learning_rate(self.step, self.args)
         for turn in trainee.turns:
             optimizer, parameters = self.optimizers[turn], trainee.parameters[turn]
@@ -961,19 +1001,20 @@ class Trainer:
                     loss, stats = trainee.loss(turn, batch)
                 (loss * (batch["weight"] / total)).backward()
                 broken += ~torch.isfinite(loss.detach())
+                if turn == trainee.turns[-1]:
+                    stats["loss"] = loss.detach() * batch["weight"], batch["weight"]
                 add(out, stats)
             gradients = [p.grad for p in parameters]
             all_reduce([broken, *(g for g in gradients if not isinstance(g, DTensor))])
             norm = clip(gradients, self.args.clip)
             if broken or not math.isfinite(norm):
-                self.bad += 1
+                self.bad, self.skipped = self.bad + 1, self.skipped + 1
                 if self.bad >= 10:
                     raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
                 return None
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["scale"]
-            with self.computed:  # Muon's matrices, too
-                optimizer.step()
+            optimizer.step()  # in fp32: Muon's s in bf16 gets eigenvalues below 0, which explode
         self.bad = 0
         return out
 
@@ -998,12 +1039,17 @@ class Trainer:
             self.best = found["valid_loss"]
             self.save("best")
 
+    def everyone(self, mine) -> list:
+        """What all ranks have of something."""
+        every = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(every, mine)
+        return every
+
     def means(self, sums: dict) -> dict[str, float]:
         """name -> (sum, count) of this rank to name -> mean over all ranks."""
-        every, total = [{k: (float(v), float(n)) for k, (v, n) in sums.items()}] * self.world, {}
-        if self.world > 1:  # not every rank has met every part
-            dist.all_gather_object(every, every[0])
-        for one in every:
+        total = {}  # not every rank has met every part
+        for one in self.everyone({k: (float(v), float(n)) for k, (v, n) in sums.items()}):
             add(total, one)
         return {k: v / n for k, (v, n) in total.items() if n > 0}
 
@@ -1023,11 +1069,11 @@ class Trainer:
     def save(self, also: str | None = None) -> None:
         """The run's folder is a checkpoint folder: what a stage does not train is carried over.
         `also`: a name to keep it under."""
-        rng = [[source.get_rng_state() for source in self.chance()]] * self.world
-        if self.world > 1:
-            dist.all_gather_object(rng, rng[0])
+        rng = self.everyone([source.get_rng_state() for source in self.chance()])
+        lost = sum(self.everyone(self.lost), Counter())
         state = gathered({
             "step": self.step, "data": self.data_state, "rng": rng, "best": self.best,
+            "skipped": self.skipped, "lost": dict(lost),
             "module": self.trainee.module.state_dict(),
             "recent": getattr(self.trainee, "recent", []),
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}})
@@ -1052,14 +1098,17 @@ class Trainer:
         """The run's folder as it is, once more by hard links: they take no room until it changes.
         Of the numbered ones the latest --keep."""
         out = Path(self.args.out)
-        made = out / "unfinished"
-        for old in (made, out / name):
+        made, gone = out / "unfinished", out / "replaced"
+        for old in (made, gone):
             shutil.rmtree(old, ignore_errors=True)
         made.mkdir()
         for file in out.iterdir():
             if file.is_file() and file.name != "log.jsonl":
                 os.link(file, made / file.name)
+        if (out / name).exists():
+            (out / name).rename(gone)
         made.rename(out / name)
+        shutil.rmtree(gone, ignore_errors=True)
         steps = sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))
         for old in steps[:-self.args.keep or None]:
             shutil.rmtree(old)
@@ -1075,6 +1124,8 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """All but the weights, which were there before they were sharded."""
         self.step, self.data_state, self.best = state["step"], state["data"], state["best"]
+        self.skipped = state["skipped"]
+        self.lost.update({} if self.rank else state["lost"])  # of all ranks
         if "recent" in vars(self.trainee):  # of rank 0 on all: they must agree when it is enough
             self.trainee.recent = state["recent"]
         for turn, optimizer in self.optimizers.items():
@@ -1118,6 +1169,8 @@ def setup(device: str) -> tuple:
 
 def show(trainer: Trainer, count: int) -> None:
     """Print what samples become: grey without loss, a colour for each part with loss."""
+    if not trainer.talks:
+        raise BadInput("--show is for the LLM's stages: clips have nothing to print")
     colours = {-1: "\033[90m", 0: "\033[32m", 1: "\033[33m", 2: "\033[35m", 3: "\033[36m",
                4: "\033[34m"}
     V, tok = trainer.cfg.decoder.vocab, trainer.trainee.tok
@@ -1134,6 +1187,13 @@ def show(trainer: Trainer, count: int) -> None:
             print("\033[0m\n")
 
 
+def positive(word: str) -> int:
+    """The type of a flag."""
+    if int(word) < 1:
+        raise ValueError
+    return int(word)
+
+
 LOST = "(?i)connection|timed out|timeout|aborted|remote process"  # in a collective's error
 
 
@@ -1147,7 +1207,9 @@ def main() -> None:
     p.add_argument("--whisper", help="Whisper weights for the encoder")
     p.add_argument("--resume", action="store_true")
     p.add_argument("--show", type=int, default=0, help="print N samples and stop")
-    p.add_argument("--steps", type=int, default=10**9)
+    p.add_argument("--steps", type=int)
+    p.add_argument("--epochs", type=int, help="passes over the first list; the paper's, where "
+                   "neither this nor --steps nor --minutes is given")
     p.add_argument("--minutes", type=float, default=math.inf, help="stop after so long")
     p.add_argument("--lr", type=float, default=5e-6)
     p.add_argument("--warmup", type=int, default=8000)
@@ -1159,7 +1221,7 @@ def main() -> None:
     p.add_argument("--muon", action="store_true",
                    help="orthogonal steps for the blocks of adapter and decoder")
     p.add_argument("--clip", type=float, default=5.0)
-    p.add_argument("--accum", type=int, default=4)
+    p.add_argument("--accum", type=positive, default=4)
     p.add_argument("--batch-tokens", type=int, default=0, help="0: the stage's own (2,800)")
     p.add_argument("--augment", action="store_true", help="SpecAugment on the user's speech")
     p.add_argument("--ear", type=float, default=0.0,
@@ -1177,10 +1239,10 @@ def main() -> None:
                    help="Table 2: in all stages, understanding is ASR alone (leave out lists of "
                    "only P); no think")
     p.add_argument("--valid", action="append", default=[])
-    p.add_argument("--valid-every", type=int, default=500)
-    p.add_argument("--valid-batches", type=int, default=10)
-    p.add_argument("--log-every", type=int, default=20)
-    p.add_argument("--save-every", type=int, default=500)
+    p.add_argument("--valid-every", type=positive, default=500)
+    p.add_argument("--valid-batches", type=positive, default=10)
+    p.add_argument("--log-every", type=positive, default=1)
+    p.add_argument("--save-every", type=positive, default=500)
     p.add_argument("--keep", type=int, default=0, help="also the latest N of these, as step-N")
     p.add_argument("--bf16", action="store_true",
                    help="products of matrices in bfloat16, weights and sums in fp32")
@@ -1191,6 +1253,10 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     args = p.parse_args()
     stage = STAGES[args.stage]
+    if args.epochs is None:
+        endless = args.steps is None and args.minutes == math.inf
+        args.epochs = stage.epochs if endless else math.inf
+    args.steps = 10**9 if args.steps is None else args.steps
     STAGES[args.stage] = replace(
         stage, trains=tuple(args.trains or stage.trains), labels="u-driven" not in args.ablate,
         think=0.0 if "dual-think" in args.ablate else stage.think)

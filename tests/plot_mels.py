@@ -15,14 +15,14 @@ import matplotlib.pyplot as plt
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from data import read_wave, records, spoken, write_wave
+from data import records, spoken_wave, write_wave
 from model import load_token2wav
 from vocoder import VocoderConfig, mel_spectrogram
 
 
 def main(path: str, key: str, out: str, *models: str) -> None:
     record = next(r for r in records(path) if r["key"] == key)
-    waves = {"recorded": read_wave(spoken(record), 24000)}
+    waves = {"recorded": spoken_wave(record, 24000)}
     for model in models:
         voice = load_token2wav(model)
         waves[model] = voice.stream(record["extra"]["speech_token"], voice.start(), final=True)[0]
