@@ -190,7 +190,7 @@ def audio(path: str, start: float = 0.0, end: float | None = None):
             first = round(start * f.samplerate)
             last = len(f) if end is None else min(len(f), round(end * f.samplerate))
             yield f, first, last - first
-    except (OSError, RuntimeError, TypeError) as e:
+    except (OSError, RuntimeError, TypeError, UnicodeError) as e:
         if not os.path.exists(inside[1] if inside else path):
             raise BadInput(f"{path}: no such file") from None
         raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
@@ -210,7 +210,10 @@ def read_wave(path: str, rate: int = SAMPLE_RATE, start: float = 0.0, end: float
             raise BadInput(f"{path}: {samples / own_rate:.0f} s of audio, the limit is "
                            f"{MAX_SECONDS} s")
         f.seek(first)
-        wave = f.read(max(0, samples), dtype="float32", always_2d=True).mean(1)  # (N,)
+        channels = f.read(max(0, samples), dtype="float32", always_2d=True)  # (N, C)
+    wave = channels.mean(1)  # (N,)
+    if len(wave) and abs(wave).max() < 1e-4 < abs(channels).max():  # they cancel each other
+        wave = channels[:, abs(channels).max(0).argmax()]
     if not len(wave):
         raise BadInput(f"{path}: no samples")
     if not np.isfinite(wave).all():
@@ -322,7 +325,7 @@ TAG = re.compile("<(?:[A-Z_]+|&&)>")
 def moved(record: dict, change) -> dict:
     """The record with every path in it changed."""
     extra = record["extra"]
-    past = [(turn, "wav") for turn in extra.get("history") or []]
+    past = [(turn, name) for turn in extra.get("history") or [] for name in ("wav", "reply_wav")]
     for home, name in ((record, "wav"), (extra, "reply_wav"), (extra, "voice"), *past):
         if home.get(name):
             home[name] = change(home[name])
@@ -991,7 +994,7 @@ def make_query(path: Path, item: dict, seed: int) -> None:
     labels, voice = item["labels"], item["voice"]
     try:
         x = speak(item["query"], voice, labels, rng)
-    except (subprocess.CalledProcessError, ValueError) as error:
+    except (subprocess.CalledProcessError, ValueError, RuntimeError) as error:  # or no audio
         raise BadInput(f"{voice['engine']} failed ({type(error).__name__})") from None
     words = len(item["query"].split())
     if not 0.15 * words < len(x) / QUERY_SR < 1.1 * words + 1:
@@ -1216,6 +1219,17 @@ def item_records(item: dict, seed: int):
         yield name, record(f"{start}_{key}", wav, txt, task, recipe=recipe)
 
 
+def turns(talks: list[dict], seed: int) -> list[dict]:
+    """Every fourth dialogue as the second or third turn of a conversation with other voices."""
+    rng, made = random.Random(seed), []
+    for talk in talks[::4]:
+        past = [{"wav": old["wav"], "txt": TAG.sub("", old["txt"]), **{
+            name: old["extra"][name] for name in ("reply_wav", "speech_token")
+            if name in old["extra"]}} for old in rng.sample(talks, min(len(talks), rng.choice((1, 2))))]
+        made.append(talk | {"key": f"turns_{talk['key']}", "extra": talk["extra"] | {"history": past}})
+    return made
+
+
 def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
     """All JSONL sets of a corpus: (name, split) -> records. The query sentences (rows) are text
     chat and to be repeated, and material for TTS, as every reply is once."""
@@ -1237,6 +1251,8 @@ def manifests(items: list, rows: list, seed: int) -> dict[tuple, list]:
         sets["tts", row["split"]].append(record(
             f"tts_q{i:05d}", reply_path(query, "NEUTRAL"), query, "<TEXT2TOKEN>",
             emotion="<NEUTRAL>"))
+    for split in ("train", "test"):
+        sets["turns", split] = turns(sets["echat", split] + sets["plain", split], seed)
     for (_, split), entries in sets.items():
         if split == "train":  # a reader shuffles within its window only
             random.Random(seed).shuffle(entries)
@@ -1326,6 +1342,14 @@ def write_list(path: str, made) -> None:
     write_lines(path, (moved(r, lambda name: os.path.relpath(name, home)) for r in made))
 
 
+def sayings(record: dict) -> list[tuple[dict, tuple | None]]:
+    """All that the model says in a record, its own turn first: where its codes belong, and its
+    speech as of `spoken`, or None."""
+    past = record["extra"].get("history") or []
+    return [(record["extra"], spoken(record)), *(
+        (turn, turn.get("reply_wav") and (turn["reply_wav"], 0.0, None)) for turn in past)]
+
+
 def spoken_wave(record: dict, rate: int) -> Tensor:
     path, start, end = spoken(record) or ("", 0.0, None)
     return read_wave(path, rate, start, end)
@@ -1372,8 +1396,8 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         whole_lines(f)
         f.seek(0)
         done = {tuple(clip): codes for clip, codes in map(json.loads, f)}
-        for clip in {clip for path in args.lists for r in records(path) if (clip := spoken(r))
-                     and not r["extra"].get("speech_token")} - done.keys():
+        for clip in {clip for path in args.lists for r in records(path) for home, clip in sayings(r)
+                     if clip and not home.get("speech_token")} - done.keys():
             try:
                 wanted.append((seconds_of(*clip), clip))
             except BadInput as e:
@@ -1398,9 +1422,12 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
     def filled(path: str):
         for line, record in zip(lines(path), records(path)):
             row = parsed(path, *line)  # as written, paths untouched
-            if (clip := spoken(record)) in done:
-                row["extra"] = (row.get("extra") or {}) | {"speech_token": done[clip]}
-                found["written"] += 1
+            own = row.get("extra") or {}
+            own = json.loads(own) if isinstance(own, str) else own
+            for home, (_, clip) in zip([own, *(own.get("history") or [])], sayings(record)):
+                if clip in done:
+                    home["speech_token"], row["extra"] = done[clip], own
+                    found["written"] += 1
             yield row
     for path in args.lists:
         write_lines(path, filled(path))
@@ -1627,8 +1654,9 @@ def voice(args: argparse.Namespace) -> None:
         config = load_config(args.model)
         cfg = config.vocoder
     s3 = speech_tokenizer(args)
+    heard = [features(wav, s3.cfg.n_mels)[None] for wav in args.wavs][0]  # none is too short
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
-    heard, mel = features(args.wavs[0], s3.cfg.n_mels)[None], mels[0]  # (1, T, 80)
+    mel = mels[0]  # (1, T, 80)
     codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
     if not released:
         frames = min(codes.shape[1], mel.shape[1] // 4)
@@ -1979,6 +2007,8 @@ def main() -> None:
     add("ask", "--judge-model", required=True, metavar="NAME")
     add("ask", "--jobs", type=int, default=4, help="requests at a time")
     add("ask", "--threshold", type=float, default=4.0, help="scores from here on stay")
+    for parser in (p, *parsers.values()):  # one line, without the usage
+        parser.error = lambda message: p.exit(2, f"data.py: {message}\n")
     args = p.parse_args()
     from model import BadCheckpoint
     try:

@@ -300,7 +300,7 @@ def pick(args) -> list[dict]:
         rows, name = list(records(path)), os.path.basename(path).removesuffix(".jsonl")
         few = min(args.limit or len(rows), len(rows))
         out += [{"set": name} | rows[i * len(rows) // few] for i in range(few)]
-    if not out or len({r.get("key") for r in out}) < len(out):
+    if not out or not all(r.get("key") for r in out) or len({r["key"] for r in out}) < len(out):
         raise BadInput("--data: lists are needed whose records all have keys of their own")
     return out
 

@@ -13,6 +13,8 @@ Exit codes: 0 done, 2 bad input or arguments (one line on stderr), 1 anything el
 """
 import argparse
 import codecs
+import glob
+import io
 import json
 import math
 import os
@@ -81,6 +83,7 @@ class Chatbot:
             raise BadInput(f"{path}: {len(wave) / 16000:.2f} s of audio, too short to understand")
         if (wave - wave.mean()).abs().max() < SILENCE:
             raise BadInput(f"{path}: silence")
+        wave = wave / wave.abs().max().clamp(min=1)  # floats may be of any size
         return log_mel(wave, self.model.cfg.encoder.n_mels)
 
     def answers(self, asked: list[tuple]):
@@ -112,7 +115,8 @@ class Chatbot:
         full = self.tok.decode([i for i in ids if i != self.tok.im_end])
         think, end, text = full.partition(echat.THINK_END)
         if not end:  # no think, or one that --max-tokens cut short
-            think, text = (full, "") if full.startswith(echat.THINK) else ("", full)
+            think, text = (full, "") if full.startswith(echat.THINK) and \
+                self.args.think != "off" else ("", full.removeprefix(echat.THINK))
         found = echat.read_think(think + end)
         if self.args.task == "understand":  # "words<SAD><OLD>", what was asked for in its order
             words, *tags = re.split(r"<([^<>]+)>", text)
@@ -133,7 +137,7 @@ class Reply:
         self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
         self.mel = None if wav is None else bot.hear(wav, *span)  # (T, n_mels)
         self.words, self.codes, self.waves, self.times = [], [], [], {}
-        self.state, self.spoken = None, 0
+        self.state, self.spoken, self.last = None, 0, None
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.hop = bot.voice.flow.hop_codes if bot.voice and bot.args.stream else math.inf
 
@@ -142,6 +146,7 @@ class Reply:
 
     def take(self, phase: str, token: int):
         """A token -> the events that it causes."""
+        self.last = token
         if phase == "text":
             self.note("first_text_s")
             self.words.append(token)
@@ -171,6 +176,7 @@ class Reply:
         rate = bot.model.cfg.vocoder.sample_rate
         seconds = 0.0 if wave is None else len(wave) / rate
         self.note("total_s")
+        whole = bot.model.cfg.decoder.codes if bot.voice else bot.tok.im_end  # what ends a reply
         answer, times = bot.read(self.words), {
             "load_s": round(bot.load_s, 3), "first_text_s": None, "first_audio_s": None,
             **self.times, "rtf": round(self.times["total_s"] / seconds, 3) if seconds else None}
@@ -180,7 +186,8 @@ class Reply:
             bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
         yield "done", {
             "wav": self.wav, "task": task, **answer, "audio": None, "sample_rate": rate,
-            "seconds": round(seconds, 3), "codes": len(self.codes), "timings": times}, wave
+            "seconds": round(seconds, 3), "codes": len(self.codes), "cut": self.last != whole,
+            "timings": times}, wave
 
 
 def pick_device(name: str, int8: bool = False) -> str:
@@ -212,6 +219,8 @@ def lines_for_people(result: dict) -> str:
              result["timings"].items() if k not in ("load_s", "rtf") and seconds is not None]
     if rtf := result["timings"]["rtf"]:
         parts.append(f"real-time factor {rtf:.2f}")
+    if result["cut"]:
+        parts.append("cut by --max-tokens")
     return "\n".join([*(f"{k}: {v}" for k, v in lines.items() if v), ", ".join(parts)])
 
 
@@ -248,19 +257,29 @@ def stream(bot: Chatbot, wav: str | None, event: str, what, number: int = 0) -> 
     """A piece of a reply: text as JSON, audio as PCM on stdout or as a file of its own."""
     args, told = bot.args, {"event": event, "text": what}
     if event == "audio" and args.out == "-":
-        sys.stdout.buffer.write((what.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
-        return sys.stdout.buffer.flush()
+        return pcm(what)
     if event == "audio":
-        path = f"{os.path.splitext(reply_path(wav, args.out))[0]}.{number:03d}.wav"
+        stem = os.path.splitext(reply_path(wav, args.out))[0]
+        for old in glob.glob(glob.escape(stem) + ".[0-9][0-9][0-9].wav") if number == 0 else ():
+            os.remove(old)  # of a longer reply
+        path = f"{stem}.{number:03d}.wav"
         write_wave(path, what, bot.model.cfg.vocoder.sample_rate)
         told = {"event": event, "path": path, "samples": len(what)}
     if args.json and len(what):
         put(args, told)
 
 
+def pcm(wave: torch.Tensor) -> None:
+    """Raw 16-bit audio on stdout."""
+    sys.stdout.buffer.write((wave.clamp(-1, 1) * 32767).round().short().numpy().tobytes())
+    sys.stdout.buffer.flush()
+
+
 def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> bool:
     """A whole reply: the wav, and JSON or lines for people."""
-    if wave is not None and args.out != "-":
+    if wave is not None and args.out == "-" and not args.stream:
+        pcm(wave)
+    elif wave is not None and args.out != "-":
         result["audio"] = reply_path(result["wav"], args.out)
         write_wave(result["audio"], wave, result["sample_rate"])
     told = {"event": "done", **result} if args.stream else result
@@ -316,7 +335,9 @@ def objection(args: argparse.Namespace) -> str | None:
         (heard and not args.wavs and not args.interactive, "a wav is needed"),
         (args.out and several and not folder, "--out must be a folder for several wavs"),
         (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
-        (min(args.max_tokens, 1 if args.steps is None else args.steps) < 1
+        (several and len({reply_path(wav, args.out) for wav in args.wavs}) < len(args.wavs),
+         "two wavs have the same name: their replies would be one file"),
+        (not 1 <= args.max_tokens <= 100000 or (args.steps or 1) < 1 or args.steps == 0
          or abs(args.seed) >= 2**63,
          "--max-tokens, --steps, --seed: out of range"),
         (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
@@ -340,6 +361,9 @@ def groups(args: argparse.Namespace):
 
 
 def main() -> None:
+    for text in (sys.stdin, sys.stdout):
+        if isinstance(text, io.TextIOWrapper):  # names of files are bytes
+            text.reconfigure(errors="surrogateescape")
     args, good = arguments(), True
     try:
         bot = Chatbot(args, args.tokenizer, args.token2wav)

@@ -535,8 +535,13 @@ def fill(module: nn.Module, read, source: str) -> None:
 def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) -> None:
     """Write a safetensors file whole or not at all; floats in `dtype` if given."""
     tensors = module_or_dict if isinstance(module_or_dict, dict) else module_or_dict.state_dict()
-    save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
-               for k, v in tensors.items()}, path + ".tmp")
+    try:
+        save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
+                   for k, v in tensors.items()}, path + ".tmp")
+    except SafetensorError as e:
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
+        raise BadCheckpoint(f"{path}: cannot be written ({e})") from None
     os.replace(path + ".tmp", path)
 
 

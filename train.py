@@ -1156,6 +1156,9 @@ def setup(device: str) -> tuple:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else \
             "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
+    kind = getattr(torch, device.split(":")[0], None)
+    if device != "cpu" and not (kind and kind.is_available()):
+        raise BadInput(f"--device {device}: there is none here")
     if "RANK" not in os.environ:
         return 0, 1, device, None
     backend = {"cuda": "nccl", "npu": "hccl"}.get(device, "gloo")
@@ -1251,6 +1254,7 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seed", type=int, default=777)
     p.add_argument("--device", default="auto")
+    p.error = lambda message: p.exit(2, f"train.py: {message}\n")  # one line, without the usage
     args = p.parse_args()
     stage = STAGES[args.stage]
     if args.epochs is None:
@@ -1263,7 +1267,7 @@ def main() -> None:
     try:
         trainer = Trainer(args)
         show(trainer, args.show) if args.show else trainer.run()
-    except (BadInput, echat.BadCheckpoint) as e:
+    except (BadInput, echat.BadCheckpoint, OSError) as e:
         # from a worker process it comes with the traceback of that one
         print("train.py:", str(e).strip().splitlines()[-1].removeprefix("data.BadInput: "),
               file=sys.stderr)
