@@ -47,9 +47,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, LABELS, TAGS, BadInput, Judge, json_lines, messages, read_jsonl, read_wave,
-                  records, replacing, run_items, sections, spellings, spoken, write_lines,
-                  write_wave)
+from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, json_lines, messages,
+                  read_jsonl, read_wave, records, replacing, run_items, sections, spellings,
+                  spoken_wave, write_lines, write_wave)
 from decoder import KVCache
 from encoder import load_whisper, log_mel
 from flow import Flow, FlowConfig, load_cosyvoice1

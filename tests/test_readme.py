@@ -23,7 +23,8 @@ def places(file: str, name: str) -> list[int]:
     defines = re.compile(rf"\s*(def|class) {word}\b|{word}(: \w+)? = ")
     found = [i for i, line in enumerate(lines, 1) if defines.match(line)]
     holds = re.compile(rf"(?<!\w){word}(?!\w)")
-    return found or [i for i, line in enumerate(lines, 1) if holds.search(line)]
+    return found or [i for i, line in enumerate(lines, 1) if holds.search(line)
+                     and not line.startswith(("from ", "import "))]
 
 
 def commands(readme: str) -> list[list[str]]:
@@ -43,9 +44,10 @@ def commands(readme: str) -> list[list[str]]:
 def known_flags(script: Path, command: str) -> set[str]:
     """Flags that a script's argparse takes, those of `command` only where it is a sub-command."""
     source = script.read_text(encoding="utf-8")
-    _, *parts = source.split('add_parser("')
-    own = [part for part in parts if part.startswith(f'{command}"')]
-    return set(ARGUMENT.findall(own[0] if own else source)) | {"--help"}
+    lists = re.findall(r'\blists, .* = "([^"]+)"', source)  # what several commands share
+    own = {flag for call in re.findall(r"\badd\(([^)]+)", source) for flag in ARGUMENT.findall(call)
+           if command in re.findall(r"[\w-]+", call.replace("lists", " ".join(lists)))}
+    return (own or set(ARGUMENT.findall(source))) | {"--help"}
 
 
 def test_line_numbers():
