@@ -1,8 +1,10 @@
 """The command line: several wavs, odd wavs, a released file; what it needs, says and answers."""
 
+import io
 import json
 import resource
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,7 +156,9 @@ ODD = {  # what is written to the wav, what is told; "" = there is a reply
     **{f"{rate} Hz": (lambda p, rate=rate: sf.write(p, tone(0.5, rate), rate), "")
        for rate in (8000, 11025, 44100, 48000)},
     "stereo": (lambda p: sf.write(p, np.stack([tone(0.5)] * 2, 1), 16000), ""),
+    "mirrored": (lambda p: sf.write(p, np.stack([tone(0.5), -tone(0.5)], 1), 16000), ""),
     "loud": (lambda p: sf.write(p, 1e4 * tone(0.5), 16000, "FLOAT"), ""),
+    "huge": (lambda p: sf.write(p, 1e38 * tone(0.5), 16000, "FLOAT"), ""),
 }
 
 
@@ -173,6 +177,53 @@ def test_odd_wavs_get_a_reply_or_one_line(checkpoint, run, tmp_path):
     assert all(p.name.endswith(".reply.wav") for p in out.iterdir())
 
 
+def test_floats_of_any_size_sound_alike(checkpoint, run, tmp_path):
+    said = []
+    for size in (1, 1e38):
+        sf.write(tmp_path / "a.wav", size * tone(0.5), 16000, "DOUBLE")
+        said += answers_of(run(tmp_path / "a.wav", "--model", checkpoint, "--task", "understand",
+                               "--json", "--max-tokens", 20)[1])
+    assert said[0] == said[1] and said[0]["cut"]
+
+
+def test_raw_audio_on_stdout(checkpoint, wav, tmp_path, monkeypatch, capsysbinary):
+    """--out -: the samples of the file that would be written, and nothing else."""
+    words = ["infer.py", wav(1.0), "--model", str(checkpoint), "--json", "--max-tokens", "90",
+             "--think", "off", "--interleave", "--temperature", "1", "--out"]
+    said = []
+    for more in ([f"{tmp_path}/a.wav"], ["-"], ["-", "--stream"]):
+        monkeypatch.setattr("sys.argv", [*words, *more])
+        with pytest.raises(SystemExit) as end:
+            infer.main()
+        assert end.value.code == 0
+        said.append(capsysbinary.readouterr())
+    wave = sf.read(tmp_path / "a.wav", dtype="int16")[0]
+    for out, err in said[1:]:
+        made = np.frombuffer(out, np.int16)
+        assert len(made) == len(wave) and abs(made.astype(int) - wave).max() <= 4
+        assert json.loads(err.splitlines()[-1])["seconds"] == round(len(wave) / 24000, 3)
+
+
+def test_interactive(checkpoint, run, wav, monkeypatch, tmp_path):
+    """Turn by turn; what cannot be heard is told and forgotten; the last five turns are kept."""
+    past, answers = [], infer.Chatbot.answers
+    monkeypatch.setattr(infer.Chatbot, "answers", lambda self, asked: past.append(
+        len(self.history)) or answers(self, asked))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{wav(1.0)}\n\n{tmp_path}/no.wav\n" + 7 * (
+        wav(0.5) + "\n")))
+    code, out, err = run("--interactive", "--model", checkpoint, "--json", "--task", "s2t",
+                         "--max-tokens", 9)
+    assert code == 2 and err.count("\n") == 1 and "no.wav: no such file" in err
+    assert past == [0, 1, 2, 3, 4, 5, 5, 5] and len(out.splitlines()) == 8
+
+
+def test_a_direct_reply_that_begins_to_think_is_a_reply(tok):
+    for think, want in (("off", (None, "hello")), ("label", ("<think>hello", ""))):
+        bot = SimpleNamespace(tok=tok, args=SimpleNamespace(think=think, task="s2s"))
+        got = infer.Chatbot.read(bot, tok.encode("<think>hello"))
+        assert (got["think"], got["text"]) == want
+
+
 def test_what_cannot_be_written_or_read_is_one_line(checkpoint, run, wav, tmp_path):
     broken = copy_of(checkpoint, tmp_path / "broken")
     shutil.copy(broken / "token2wav.safetensors", broken / "model.safetensors")
@@ -184,9 +235,12 @@ def test_what_cannot_be_written_or_read_is_one_line(checkpoint, run, wav, tmp_pa
                         (["--model", checkpoint, "--voice", wav(1.0)], "expected safetensors"),
                         (["--model", checkpoint, "--out", tmp_path / "no" / "a.wav"], "folder"),
                         (["--model", checkpoint, "--top-p", "0"], "--top-p"),
+                        (["--model", checkpoint, "--max-tokens", 10**9], "--max-tokens"),
                         (["--model", checkpoint, "--labels", "asr,mood"], "mood")):
         code, out, err = run(wav(1.0), "--max-tokens", 30, *words)
         assert code == 2 and told in err and err.count("\n") == 1 and not out, err
+    code, out, err = run(wav(1.0), wav(1.0), "--model", checkpoint)
+    assert code == 2 and "same name" in err and err.count("\n") == 1 and not out
 
 
 def test_a_streamed_reply_is_the_reply(checkpoint, run, wav, tmp_path):
