@@ -428,6 +428,23 @@ def test_ranks_share_the_batches_of_one_source(tmp_path):
     assert not seen & set(later) and len(later) == len(set(later))
 
 
+def test_ranks_draw_one_kind(tmp_path):
+    """But for what a window leaves over; what is drawn does not repeat or drop a record, also if
+    it goes on with another number of ranks."""
+    def fresh(rank, world, state=None):
+        one = source(tmp_path, "a", 200, window=100)
+        one.make = lambda r, epoch, rng: sample(3, r["n"], "abc"[r["n"] % 3])
+        return Mixture([one], lambda batch, seed: ([s.name for s in batch], batch[0].kind), 3, rank,
+                       world, state)
+    ranks = [take(fresh(rank, 3), 16) for rank in range(3)]  # 48 of the 51 batches
+    alike = [len({kind for (_, kind), _ in row}) == 1 for row in zip(*ranks)]
+    assert sum(alike) >= 12 and len({kind for (_, kind), _ in ranks[0]}) == 3
+    seen = [n for rank in ranks for (names, _), _ in rank[:7] for n in names]
+    rest = [n for (names, _), state in take(fresh(0, 1, ranks[0][6][1]), 60) for n in names
+            if not state["sources"][0]["epoch"]]
+    assert sorted(seen + rest) == list(range(200))
+
+
 def test_mixing_keeps_its_weights_when_an_epoch_ends(tmp_path):
     mixture = Mixture([source(tmp_path, "a", 40, 3.0), source(tmp_path, "b", 5, 1.0)], collate, 0)
     lists = [batch[0][0] for (batch, _), _ in take(mixture, 800)]
@@ -486,6 +503,47 @@ def test_tokens(tmp_path, wav, checkpoint, monkeypatch):
         assert len(codes) == -(-len(mel) // 4)
     assert got == [rows[0] | {"extra": {}}] + rows[1:]  # and nothing else has changed
     assert [p.name for p in tmp_path.iterdir()] == ["l.jsonl"]
+
+
+def test_tokens_of_a_part_of_a_file_and_of_earlier_turns(tmp_path, wav, checkpoint, monkeypatch,
+                                                         capsys):
+    past = [{"wav": wav(0.5), "txt": "hi", "reply_wav": wav(0.41, 150, 24000)}]
+    path = write_list(tmp_path / "l.jsonl", [
+        {"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(1.0), "start": 0.2, "end": 0.6},
+        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(0.5), "extra": {"history": past}},
+        {"txt": "a", "task": "<TEXT2TOKEN>", "wav": "gone.wav"}])
+    command(monkeypatch, "tokens", path, "--model", checkpoint)
+    assert json.loads(capsys.readouterr().out) == {"no such file": 1, "written": 2}
+    part, old, gone = data.records(path)
+    s3 = load_s3(str(checkpoint))
+    for said, clip in ((part["extra"], (wav(1.0), 0.2, 0.6)),
+                       (old["extra"]["history"][0], (wav(0.41, 150, 24000), 0, None))):
+        mel = data.features(clip[0], 80, *clip[1:])
+        want = s3.encode(mel[None], torch.tensor([len(mel)]))[0][0].tolist()
+        assert said["speech_token"] == want
+    assert len(part["extra"]["speech_token"]) == 10 and "speech_token" not in gone["extra"]
+
+
+def test_tokens_go_on_after_a_stop(tmp_path, wav, checkpoint, monkeypatch):
+    rows = [{"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(0.3 + i / 20)} for i in range(20)]
+    path, whole = (write_list(tmp_path / name, rows) for name in ("l.jsonl", "whole.jsonl"))
+    command(monkeypatch, "tokens", whole, "--model", checkpoint)
+    encode, seen = data.pad_stack, []
+
+    def stack(mels, *more):
+        if seen and not resumed:
+            raise KeyboardInterrupt
+        seen.extend(mels)
+        return encode(mels, *more)
+    monkeypatch.setattr(data, "pad_stack", stack)
+    resumed = False
+    with pytest.raises(KeyboardInterrupt):
+        command(monkeypatch, "tokens", path, "--model", checkpoint)
+    assert open(path).read() == "".join(json.dumps(r) + "\n" for r in rows) and len(seen) == 16
+    resumed = True
+    command(monkeypatch, "tokens", path, "--model", checkpoint)
+    assert len(seen) == 20 and open(path).read() == open(whole).read()
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_voice(tmp_path, wav, checkpoint, monkeypatch):
@@ -692,17 +750,23 @@ def test_tokenizer_knows_the_protocol(tmp_path, monkeypatch):
 
 
 def test_check(tmp_path, wav, monkeypatch, capsys):
+    """It says what training would: the same reasons, the hours of what is used."""
     path = write_list(tmp_path / "l.jsonl", [
         {"txt": "a<OLD><&&>", "task": "<TRANSCRIBE> <AGE> <EMOTION>", "wav": wav(0.5)},
-        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(0.5), "extra": {"q_emotion": "<SAD>"}},
+        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(60.0), "start": 1, "end": 37,
+         "extra": {"q_emotion": "<ANGRY>"}},
         {"txt": "a", "task": "<TRANSCRIBE>", "wav": "none.wav"},
+        {"txt": "a", "task": "<S2TCHAT> <TEXT2TOKEN>", "wav": wav(0.5)},
+        {"txt": "a", "task": "<STYLE>", "wav": wav(0.5)},
+        {"txt": "a", "task": "<S2TCHAT>", "wav": wav(0.5), "extra": {"history": [1]}},
         {"txt": "a", "task": "<TRANSCRIBE>"}, {"txt": " ", "task": "<TEXT2TEXT>"}])
     command(monkeypatch, "check", path)
     found = json.loads(capsys.readouterr().out.removeprefix(path))
-    assert found["records"] == 5 and found["hours"] == 0 and found["tasks"] == {
-        "<TRANSCRIBE>": 2, "<TEXT2TEXT>": 1, "<S2TCHAT>": 1, "<TRANSCRIBE> <AGE> <EMOTION>": 1}
-    assert found["problems"] == {"no txt": 1, "no such file": 1, "no wav": 1}
-    assert found["labels"] == {"age OLD": 1, "emotion SAD": 1}
+    assert found["records"] == 8 and found["hours"] == 0.01 and found["tasks"]["<TRANSCRIBE>"] == 2
+    assert found["problems"] == {
+        "no txt": 1, "no such file": 1, "no wav": 1, "no speech_token": 1, "unknown task <STYLE>": 1,
+        "a path or the history is malformed": 1}
+    assert found["labels"] == {"age OLD": 1, "emotion ANGER": 1}
 
 
 def test_commands_end_with_one_line(tmp_path, wav, checkpoint, monkeypatch, capsys):

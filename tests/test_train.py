@@ -733,6 +733,17 @@ def test_two_processes_are_one_with_twice_the_accumulation(run, lists, tmp_path,
         torch.testing.assert_close(was[name], now[name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("stage, flags", [
+    ("flow", []), ("vocoder", ["--mel-only", "1"]), ("tokenizer", ["--quantise-after", "1"])])
+def test_what_the_paper_takes_as_given_trains_by_two_processes(lists, tmp_path, checkpoint, stage,
+                                                               flags):
+    codes = two(stage, lists, checkpoint, tmp_path / "two", "--steps", "3", "--valid-every", "3",
+                "--valid", of(lists, stage)[0], "--valid-batches", "1", *flags)
+    assert codes == [0, 0], [open(f"{tmp_path}/two.{rank}").read() for rank in range(2)]
+    last = json.loads(open(tmp_path / "two/log.jsonl").readlines()[-1])
+    assert last["step"] == 3 and math.isfinite(last["valid_loss"])
+
+
 def test_a_dead_rank_ends_the_run(lists, tmp_path, checkpoint):
     codes = two("text", lists, checkpoint, tmp_path / "out", dies_at=2)
     said = (tmp_path / "out.0").read_text().splitlines()
