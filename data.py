@@ -362,7 +362,7 @@ def rows(path: str):
         if words.strip("-"):
             known = {r.get("key"): r for r in read_jsonl(whole(words, folder))}
         try:
-            for r in shard(whole(tar, folder)):
+            for r in shard(os.path.abspath(whole(tar, folder))):  # its records are made whole, too
                 yield r if known is None else \
                     known.get(r["key"], {"bad": "not in the jsonl"}) | {"wav": r.get("wav")}
         except (OSError, tarfile.TarError) as e:
@@ -1222,11 +1222,12 @@ def item_records(item: dict, seed: int):
 def turns(talks: list[dict], seed: int) -> list[dict]:
     """Every fourth dialogue as the second or third turn of a conversation with other voices."""
     rng, made = random.Random(seed), []
-    for talk in talks[::4]:
+    for talk in talks[::4] if len(talks) > 1 else ():
         past = [{"wav": old["wav"], "txt": TAG.sub("", old["txt"]), **{
             name: old["extra"][name] for name in ("reply_wav", "speech_token")
-            if name in old["extra"]}} for old in rng.sample(talks, min(len(talks), rng.choice((1, 2))))]
-        made.append(talk | {"key": f"turns_{talk['key']}", "extra": talk["extra"] | {"history": past}})
+            if name in old["extra"]}} for old in rng.sample(talks, rng.choice((1, 2)))]
+        made.append(talk | {"key": f"turns_{talk['key']}",
+                            "extra": talk["extra"] | {"history": past}})
     return made
 
 
@@ -1328,7 +1329,8 @@ def spoken(record: dict) -> tuple[str, float, float | None] | None:
     """The 24 kHz speech of a record that the model learns to say: file, first and last second."""
     if record["extra"].get("reply_wav"):
         return record["extra"]["reply_wav"], 0.0, None
-    return place(record) if record["task"].startswith("<TEXT2TOKEN>") and record.get("wav") else None
+    says = record["task"].startswith("<TEXT2TOKEN>") and record.get("wav")
+    return place(record) if says else None
 
 
 def write_lines(path: str, rows) -> None:
@@ -1383,8 +1385,8 @@ def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
 
 @torch.inference_mode()
 def tokens(args: argparse.Namespace, batch: int = 16) -> None:
-    """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken. What
-    is made lies in LIST.*.part, where the same command goes on after a stop. Says counts."""
+    """Add extra.speech_token (25 codes a second) to the records of lists that are to be spoken.
+    What is made lies in LIST.*.part, where the same command goes on after a stop. Says counts."""
     if not args.model and not args.s3:
         raise BadInput("tokens takes --model or --s3")
     for path in args.lists:
@@ -1997,7 +1999,8 @@ def main() -> None:
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=int, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
-    add("tokens voice", "--s3", help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
+    add("tokens voice", "--s3",
+        help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
     add("voice", "--speaker", help="campplus.onnx")
     add("tokens voice", "--rate", type=int, choices=(25, 50), default=25,
         help="codes a second, where --s3 does not tell (.onnx does)")

@@ -228,10 +228,8 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         sample = Sample("tts_stream" if stream else "tts")
         asked = prompt(sample.kind, tok, cfg.decoder, text=txt)
         sample.add(asked)
-        if not stream:
-            sample.add(speech[1:], "speech")  # the prompt has opened it
-        for part, ids in interleave(text, speech) if stream else ():
-            sample.add(ids, part)
+        for part, ids in interleave(text, speech) if stream else [("speech", speech[1:])]:
+            sample.add(ids, part)  # without the open of speech, which the prompt has
         spoken = said_at(text, tok, len(codes) / 25, *tagless(txt))
         first = len(asked) if stream else len(asked) - len(tok.fixed(echat.ASSISTANT)) - len(text)
         sample.say(first, spoken, V)
@@ -264,12 +262,9 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         heard = len(think[:heard].encode())
         sample.listen(first - thought, said_at(answer[:thought], tok, 0.08 * slots[-1], heard,
                                                heard + len(said.encode())), slots[-1])
-    if stream:
-        for part, ids in interleave(text, speech):
-            sample.add(ids, part)
-    else:
-        sample.add(text, "text")
-        sample.add(speech if speaks else [], "speech")
+    whole = [("text", text), ("speech", speech if speaks else [])]
+    for part, ids in interleave(text, speech) if stream else whole:
+        sample.add(ids, part)
     if speaks:
         sample.say(first, said_at(text, tok, len(codes) / 25, *tagless(txt)), V)
     return sample
@@ -411,10 +406,6 @@ class Dialogue:
                 dict.fromkeys(said, echat.Sampling()), max_tokens=200):
             said[phase].append(token)
         return f"{self.tok.decode(said['text'])} [{len(said['speech'])} codes]"
-
-    def weight(self, batch: dict) -> int:
-        """Target tokens, over which the loss is a mean: short and long samples weigh each alike."""
-        return int((batch["targets"] != -100).sum())
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """Eq. 1-4: cross-entropy over text and speech together, the sum of its parts."""
@@ -558,10 +549,8 @@ class S3:
             clip.path, self.cfg.n_mels, clip.start, clip.start + clip.length / 100))
         texts = [torch.tensor(list(c.text.encode())) for c in clips]
         return {"mel": data.pad_stack(mels), "mel_lengths": torch.tensor([len(m) for m in mels]),
-                "lost": lost, "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)])}
-
-    def weight(self, batch: dict) -> int:
-        return len(batch["mel"])
+                "text": data.pad_stack(texts), "text_lengths": torch.tensor([*map(len, texts)]),
+                "clips": clips, "lost": lost}
 
     def loss(self, turn: str, batch: dict) -> tuple[Tensor, dict]:
         """CTC alone until the recogniser works, then k-means on its features, then by codes."""
@@ -599,6 +588,8 @@ class Voice:
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
         extra = record["extra"]
+        if not data.spoken(record):
+            return "no speech to say"
         (path, start, end), codes = data.spoken(record), extra.get("speech_token") or []
         frames = int(data.seconds_of(path, start, end) * 100)
         frames = min(frames, 4 * len(codes)) if self.needs_codes else frames
@@ -608,8 +599,8 @@ class Voice:
         if self.needs_codes and not 0 <= min(codes) <= max(codes) < self.cfg.flow.codes:
             return "a code outside the codebook"
         first = rng.randint(0, (frames - length) // 4) * 4
-        return Clip(path, start + first / 100, length, codes=codes[first // 4:(first + length) // 4],
-                    voice=extra.get("voice") or "")
+        return Clip(path, start + first / 100, length, voice=extra.get("voice") or "",
+                    codes=codes[first // 4:(first + length) // 4])
 
     def collate(self, clips: list[Clip], seed: str) -> dict:
         rate, hop = self.cfg.vocoder.sample_rate, self.cfg.vocoder.hop
@@ -634,9 +625,6 @@ class Voice:
         if path not in self.begun:
             self.begun[path], _ = self.whole.start(voice=self.voice(path))
         return flow.stream(codes, replace(self.begun[path], seed=rng.getrandbits(32)), True)[0]
-
-    def weight(self, batch: dict) -> int:
-        return batch["wave"].shape[0]
 
     def save(self, folder: str, state: dict) -> None:
         echat.save_weights(os.path.join(folder, "token2wav.safetensors"),
@@ -844,7 +832,12 @@ class Trainer:
     """Batches -> steps -> log and checkpoint; one process or many."""
 
     def __init__(self, args):
-        self.args, self.stage = args, STAGES[args.stage]
+        self.args, stage = args, STAGES[args.stage]
+        self.stage = replace(
+            stage, trains=tuple(args.trains or stage.trains), labels="u-driven" not in args.ablate,
+            think=0.0 if "dual-think" in args.ablate else stage.think)
+        if args.init and not os.path.isdir(args.init):
+            raise BadInput(f"{args.init}: no such folder")
         self.rank, self.world, self.device, self.patient = setup(args.device)
         self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
@@ -903,11 +896,12 @@ class Trainer:
                 for (scale, turned, _), own in groups.items()]
 
     def collate(self, samples: list, seed: str) -> dict:
-        """A batch with its weight in the loss and its positions that are no pad, counted here:
-        on the device they would cost a wait each time."""
-        batch = self.trainee.collate(samples, seed)
-        size = sum(sample.length for sample in samples)
-        return batch | {"weight": self.trainee.weight(batch), "size": size}
+        """A batch with its weight in the loss - target tokens, so that short and long samples weigh
+        each alike, or clips - and its positions that are no pad, counted here: on the device they
+        would cost a wait each time."""
+        batch, size = self.trainee.collate(samples, seed), sum(s.length for s in samples)
+        weight = int((batch["targets"] != -100).sum()) if self.talks else len(batch["clips"])
+        return batch | {"weight": weight, "size": size}
 
     def loader(self, lists: list[str], seed: int, state=None):
         sources = []
@@ -952,9 +946,9 @@ class Trainer:
                 work += sum(map(self.trainee.flops, micro))
             if self.step % args.log_every == 0:
                 took = time.time() - window
-                line = {"step": self.step, "lr": self.lr,
-                        "epoch": self.data_state["sources"][0]["epoch"], "rate": seen * self.world / took,
-                        "wait": waited / took, "minutes": (time.time() - begun) / 60}
+                line = {"step": self.step, "epoch": self.data_state["sources"][0]["epoch"],
+                        "lr": self.lr, "rate": seen * self.world / took, "wait": waited / took,
+                        "minutes": (time.time() - begun) / 60}
                 self.log(line | self.hardware(work / took) | self.means(sums))
                 window, waited, seen, work, sums = time.time(), 0.0, 0, 0.0, {}
             if args.valid and self.step % args.valid_every == 0:
@@ -973,7 +967,7 @@ class Trainer:
         """The most GB of memory so far, MFU if the device's peak is known, and what was left out:
         steps, and records by reason."""
         used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
-        if self.kind != "cpu":
+        if self.kind in ("cuda", "npu"):
             device = torch.get_device_module(self.kind)
             used, name = device.max_memory_allocated(), device.get_device_name()
         line = {"gb": used / 1e9}
@@ -1035,7 +1029,8 @@ class Trainer:
         trainee.module.train()
         found = {f"valid_{k}": v for k, v in self.means(sums).items()}
         self.log({"step": self.step} | found | reply)
-        if found.get("valid_loss", math.inf) < self.best:
+        whole = self.step > max(self.args.ear_first, self.args.mel_only)  # all of the loss is there
+        if whole and found.get("valid_loss", math.inf) < self.best:
             self.best = found["valid_loss"]
             self.save("best")
 
@@ -1110,7 +1105,7 @@ class Trainer:
         made.rename(out / name)
         shutil.rmtree(gone, ignore_errors=True)
         steps = sorted(out.glob("step-*"), key=lambda folder: int(folder.name[5:]))
-        for old in steps[:-self.args.keep or None]:
+        for old in steps[:-self.args.keep] if self.args.keep else ():
             shutil.rmtree(old)
 
     def saved(self) -> dict:
@@ -1174,8 +1169,7 @@ def show(trainer: Trainer, count: int) -> None:
     """Print what samples become: grey without loss, a colour for each part with loss."""
     if not trainer.talks:
         raise BadInput("--show is for the LLM's stages: clips have nothing to print")
-    colours = {-1: "\033[90m", 0: "\033[32m", 1: "\033[33m", 2: "\033[35m", 3: "\033[36m",
-               4: "\033[34m"}
+    colours = 32, 33, 35, 36, 34, 90  # of PARTS, then of what has no loss
     V, tok = trainer.cfg.decoder.vocab, trainer.trainee.tok
     for item in trainer.args.data:
         rng = random.Random(trainer.args.seed)
@@ -1186,7 +1180,7 @@ def show(trainer: Trainer, count: int) -> None:
                 continue
             for i, t, p, a in zip(sample.ids, sample.targets, sample.part, sample.attend):
                 word = "~" if i == AUDIO else f"[{i - V}]" if i >= V else tok.decode([i])
-                print(f"{colours[p if t != -100 else -1]}{word if a else '<&&>'}", end="")
+                print(f"\033[{colours[p if t != -100 else -1]}m{word if a else '<&&>'}", end="")
             print("\033[0m\n")
 
 
@@ -1248,7 +1242,8 @@ def main() -> None:
     p.add_argument("--save-every", type=positive, default=500)
     p.add_argument("--keep", type=int, default=0, help="also the latest N of these, as step-N")
     p.add_argument("--bf16", action="store_true",
-                   help="products of matrices in bfloat16, weights and sums in fp32")
+                   help="products of matrices in bfloat16, weights and sums in fp32; slow on a CPU "
+                   "without AVX512-BF16 or AMX")
     p.add_argument("--shard", action="store_true",
                    help="FSDP2 with activation checkpointing, bf16 on a GPU: for the paper preset")
     p.add_argument("--workers", type=int, default=1)
@@ -1256,14 +1251,10 @@ def main() -> None:
     p.add_argument("--device", default="auto")
     p.error = lambda message: p.exit(2, f"train.py: {message}\n")  # one line, without the usage
     args = p.parse_args()
-    stage = STAGES[args.stage]
     if args.epochs is None:
         endless = args.steps is None and args.minutes == math.inf
-        args.epochs = stage.epochs if endless else math.inf
+        args.epochs = STAGES[args.stage].epochs if endless else math.inf
     args.steps = 10**9 if args.steps is None else args.steps
-    STAGES[args.stage] = replace(
-        stage, trains=tuple(args.trains or stage.trains), labels="u-driven" not in args.ablate,
-        think=0.0 if "dual-think" in args.ablate else stage.think)
     try:
         trainer = Trainer(args)
         show(trainer, args.show) if args.show else trainer.run()

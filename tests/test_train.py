@@ -328,7 +328,6 @@ def run(monkeypatch, checkpoint, tmp_path):
         with monkeypatch.context() as m:
             m.setattr(sys, "argv", words)
             m.setattr(train, "Trainer", Spy)
-            m.setattr(train, "STAGES", dict(STAGES))
             train.main()
         return kept[0]
     return go
@@ -383,7 +382,7 @@ def test_padded_batch(tok, wav, run, lists):
         assert opens[1] == s.length - 1
         assert (batch["targets"][row, s.length:] == -100).all()
         assert (batch["part"][row, s.length:] == -1).all()
-    assert "attend" not in batch and trainee.weight(batch) == sum(
+    assert "attend" not in batch and int((batch["targets"] != -100).sum()) == sum(
         sum(counts(s).values()) for s in samples)
     with torch.no_grad():
         loss, stats = trainee.loss("model", batch)
@@ -419,7 +418,7 @@ def test_loss_parts_add_up(tok, wav, run, lists):
         loss, stats = trainee.loss("model", batch)
     assert all(float(count) > 0 for _, count in stats.values()) and list(stats) == list(PARTS)
     total = sum(float(value) for value, _ in stats.values())
-    assert abs(total / trainee.weight(batch) - float(loss)) < 1e-5
+    assert abs(total / int((batch["targets"] != -100).sum()) - float(loss)) < 1e-5
     want = counts(samples[0]) + counts(samples[1])
     assert {k: int(n) for k, (_, n) in stats.items()} == want
 
@@ -515,11 +514,13 @@ FILES = {"tokenizer": "tokenizer_s3", "flow": "token2wav", "vocoder": "token2wav
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_overfits_and_trains_what_it_should(run, lists, checkpoint, stage):
-    """One batch again and again: the loss falls; what the paper freezes has not moved a bit."""
+    """One batch again and again: an LLM that trains knows it nearly by heart; of the others the
+    loss falls. What the paper freezes has not moved a bit."""
+    learns = "decoder" in TRAINED.get(stage, "")
     flags = {"vocoder": dict(mel_only=20), "tokenizer": dict(quantise_after=3, lr=0.003),
-             "flow": dict(lr=0.01)}
-    trainer = run(stage, of(lists, stage), steps=40, batch_tokens=10000,
-                  **dict(lr=0.05, warmup=20) | flags.get(stage, {}))
+             "flow": dict(lr=0.01)}.get(stage, dict(steps=80, lr=0.02) if learns else {})
+    trainer = run(stage, of(lists, stage), batch_tokens=10000,
+                  **dict(steps=40, lr=0.05, warmup=20) | flags)
     file = FILES.get(stage, "model") + ".safetensors"
     was, now = (read_weights(os.path.join(f, file)) for f in (checkpoint, trainer.args.out))
     trained = {"flow": ["flow"], "vocoder": ["vocoder"]}.get(stage, TRAINED.get(stage, "").split())
@@ -534,9 +535,9 @@ def test_every_stage_overfits_and_trains_what_it_should(run, lists, checkpoint, 
     def loss(line):
         return sum(v for k, v in line.items() if k in parts)
     first, last = (sum(map(loss, lines[i:i + 5])) for i in (0, len(lines) - 5))
-    enough = 0.97 if "adapter" in trained and "decoder" not in trained else 0.9
+    enough = 0.25 if learns else 0.97 if "adapter" in trained else 0.9
     assert last < first * enough, (first, last)
-    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     for name in set(os.listdir(checkpoint)) - {file}:  # and the folder is a whole checkpoint
         assert os.path.exists(os.path.join(trainer.args.out, name)), name
 
@@ -596,7 +597,7 @@ def test_the_ear_learns_words_and_labels(run, lists, checkpoint):
         trainer.trainee.module.eval()
         loss, stats = trainer.trainee.loss("model", batch)
     asr, p, *ear = (float(stats[k][0]) for k in ("asr", "p", "ctc", "letters", "cue_emotion"))
-    want = (asr + p) / trainer.trainee.weight(batch) + 2 * sum(ear)
+    want = (asr + p) / int((batch["targets"] != -100).sum()) + 2 * sum(ear)
     assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
@@ -849,7 +850,7 @@ def test_mfu_counts_what_is_trained(run, lists, tok, wav):
 
     def n(part):
         return sum(p.numel() for p in part.parameters())
-    net, targets = trainee.module, trainee.weight(batch)
+    net, targets = trainee.module, int((batch["targets"] != -100).sum())
     assert trainee.flops(batch | {"size": 70, "weight": targets}) == (
         4 * n(net.decoder.layers) * 70 + 4 * 303 * 16 * targets + 6 * n(net.adapter) * 10
         + 2 * n(net.encoder) * 40)
