@@ -917,13 +917,15 @@ def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
     times = np.concatenate([clock(device, work) for work in (
         lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
         lambda: voice.flow.stream(codes, state, True),
-        lambda: voice.vocoder.stream(sound, None, True))])  # (5, 6)
+        lambda: voice.vocoder.stream(sound, None, True),
+        lambda: voice.stream([0] * voice.flow.hop_codes, (state, None)))])  # (6, 6)
     out = {}
-    for kind, (hear, first, whole, flow, vocoder) in (
+    for kind, (hear, first, whole, flow, vocoder, chunk) in (
             ("cold_", times[:, 0]), ("", np.median(times[:, 1:], 1))):
         out |= {f"{kind}encoder_ms": 1000 * hear, f"{kind}prefill_ms": 1000 * first,
                 f"{kind}decode_tok_per_s": (n - 1) / (whole - first),
-                f"{kind}flow_rtf": flow / 2, f"{kind}vocoder_rtf": vocoder / 2}
+                f"{kind}flow_rtf": flow / 2, f"{kind}vocoder_rtf": vocoder / 2,
+                f"{kind}first_audio_after_its_codes_ms": 1000 * chunk}
     return out
 
 
