@@ -467,8 +467,8 @@ class Source:
                 while left := {kind: n for kind, own in kinds.items()
                                if (n := len(own) - state["used"].get(kind, 0))}:
                     if turn % share == 0 or last not in left:
-                        place = [self.seed, *map(state.get, ("epoch", "window", "used"))]
-                        rng = random.Random(f"{place}")
+                        at = [self.seed, *map(state.get, ("epoch", "window", "used"))]
+                        rng = random.Random(f"{at}")
                         last, = rng.choices([*left], [*left.values()])
                     turn, empty = turn + 1, False
                     batch = kinds[last][-left[last]]

