@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.signal
 import soundfile as sf
 import tokenizers
 import torch
@@ -764,7 +765,8 @@ def test_check(tmp_path, wav, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out.removeprefix(path))
     assert found["records"] == 8 and found["hours"] == 0.01 and found["tasks"]["<TRANSCRIBE>"] == 2
     assert found["problems"] == {
-        "no txt": 1, "no such file": 1, "no wav": 1, "no speech_token": 1, "unknown task <STYLE>": 1,
+        "no txt": 1, "no such file": 1, "no wav": 1, "no speech_token": 1,
+        "unknown task <STYLE>": 1,
         "a path or the history is malformed": 1}
     assert found["labels"] == {"age OLD": 1, "emotion ANGER": 1}
 
@@ -898,3 +900,79 @@ def test_a_reply_needs_its_emotion():
         assert data.toned(text) == {"tone": "HAPPY", "reply": "Good for you."}
     for text in ("Happy birthday!", "Sorry to hear that.", "[bored] Oh.", "<HAPPY>", ""):
         assert not data.toned(text)
+
+
+# ---- the corpus: what a recipe does to a voice -------------------------------------------------
+
+@pytest.fixture
+def buzz(monkeypatch):
+    """A stand-in for the engines: 1.6 s of syllables at about 120 Hz, whatever the text."""
+    t = np.arange(int(1.6 * 22050)) / 22050
+    f0 = 120 * 2 ** (0.1 * np.sin(2 * np.pi * 1.5 * t))
+    wave = sum(np.sin(k * 2 * np.pi * np.cumsum(f0) / 22050) / k for k in range(1, 20))
+    wave *= 0.1 * np.clip(np.sin(2 * np.pi * 2.5 * t), 0.05, 1)
+    monkeypatch.setattr(data, "speak_command", lambda text, engine, name: (wave, 22050))
+    monkeypatch.setattr(data, "babble", lambda: np.random.default_rng(0).standard_normal(99999))
+    monkeypatch.setattr(data, "event_bank", lambda: {kind: [] for kind in data.LABELS["event"]})
+
+
+def an_item(**labels):
+    return {"index": 3, "split": "train", "query": "one two three four", "labels": dict(
+        age="ADULT", gender="MALE", emotion="NEUTRAL", event="OTHER") | labels, "voice": {
+            "name": "espeak:en", "engine": "espeak", "gender": labels.get("gender", "MALE"),
+            "age": None, "pitch": 1.0, "formant": 1.0}}
+
+
+def test_recipes_can_be_measured(buzz):
+    """Pitch, rate and level of a voice follow age, gender and emotion."""
+    def spoken(**labels):
+        item, rng = an_item(**labels), np.random.default_rng(0)
+        x = data.speak(item["query"], item["voice"], item["labels"], rng)
+        f0 = data.track_f0(x)
+        return np.median(f0[f0 > 0]), len(x) / 16000, float(np.sqrt((x ** 2).mean()))
+    plain, sad, angry, afraid, child, woman, old = (
+        spoken(**labels) for labels in ({}, {"emotion": "SAD"}, {"emotion": "ANGER"},
+                                        {"emotion": "FEAR"}, {"age": "CHILD"}, {"gender": "FEMALE"},
+                                        {"age": "OLD"}))
+    assert plain[0] == pytest.approx(108, rel=0.08) and child[0] == pytest.approx(250, rel=0.1)
+    assert woman[0] == pytest.approx(192, rel=0.2) and afraid[0] > 1.1 * plain[0] > 1.1 * sad[0]
+    assert sad[1] > 1.2 * plain[1] and old[1] > 1.1 * plain[1] and angry[1] < 0.9 * plain[1]
+    assert sad[2] < 0.8 * plain[2] < plain[2] < angry[2]
+
+
+def test_a_query_is_the_same_for_the_same_seed_and_made_once(buzz, tmp_path):
+    def made(name, seed, **labels):
+        done = data.run_job((data.make_query, tmp_path / name, an_item(**labels), seed))
+        assert done[2] == "" and done[1] == pytest.approx(sf.info(tmp_path / name).duration)
+        return (tmp_path / name).read_bytes(), done[1]
+    first, seconds = made("a.wav", 0)
+    assert made("b.wav", 0)[0] == first != made("c.wav", 1)[0]
+    assert made("a.wav", 7)[0] == first  # is there, is left as it is
+    assert made("cough.wav", 0, event="COUGH")[1] > seconds
+    item = an_item() | {"query": "word " * 60}
+    assert "implausible length" in data.run_job((data.make_query, tmp_path / "d", item, 0))[2]
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("kind", [k for k in data.LABELS["event"] if k != "OTHER"])
+def test_an_event_is_spliced_in_and_the_words_stay(buzz, kind):
+    x = np.concatenate([tone(0.5), np.zeros(4000), tone(0.7)]).astype(np.float64)
+    for seed in range(6):  # before, after, or in the pause
+        y = data.splice(x, kind, an_item()["voice"], "ADULT", "train", np.random.default_rng(seed))
+        assert np.isfinite(y).all() and len(y) > len(x) + 1000
+        words = [np.abs(scipy.signal.fftconvolve(y, part[::-1])).max() / (part ** 2).sum()
+                 for part in (x[1000:7000], x[-9000:-1000])]
+        assert min(words) > 0.9
+
+
+def test_turns_are_conversations(tmp_path):
+    talks = [{"key": f"{i}", "wav": f"{i}.wav", "txt": f"<SAD>hi {i}", "task": "<S2TCHAT>",
+              "extra": {"reply_wav": f"r{i}.wav"}} for i in range(9)]
+    made = data.turns(talks, 0)
+    assert [t["key"] for t in made] == ["turns_0", "turns_4", "turns_8"]
+    assert made == data.turns(talks, 0)
+    for talk in made:
+        past = talk["extra"]["history"]
+        assert 1 <= len(past) <= 2 and all(turn["txt"] == f"hi {turn['wav'][0]}" for turn in past)
+        assert all(turn["reply_wav"] == "r" + turn["wav"] for turn in past)
+    assert "history" not in talks[0]["extra"] and data.turns(talks[:1], 0) == []

@@ -644,7 +644,8 @@ def test_a_frozen_encoder_hears_a_clip_once_as_far_as_memory_goes(run, lists, mo
 # ---- the loop ----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, flags", [
-    ("text", {}), ("vocoder", {"mel_only": 3}), ("align", {"augment": True, "accum": 2}), ("align", {}),
+    ("text", {}), ("vocoder", {"mel_only": 3}), ("align", {"augment": True, "accum": 2}),
+    ("align", {}),
     ("flow", {}), ("s2s", {}), ("s2s", {"muon": True}), ("tokenizer", {"quantise_after": 1}),
     ("tokenizer", {"quantise_after": 5})])  # stopped amid the features that k-means will need
 def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
