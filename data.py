@@ -369,11 +369,14 @@ def rows(path: str):
             yield {"bad": "no such shard" if isinstance(e, FileNotFoundError) else "damaged shard"}
 
 
-def records(path: str, skip: int = 0):
-    """Yields the records of a list, but for the first `skip`, with paths made whole. BadInput
-    names a line that is none; what else is wrong with a record is told by its `bad`."""
+def records(path: str, skip: int = 0, first: int = 0):
+    """Yields the records of a list from the first'th on, then those before it, but for `skip` of
+    all these, with paths made whole. BadInput names a line that is none; what else is wrong with a
+    record is told by its `bad`."""
     folder = os.path.dirname(os.path.abspath(path))
-    for row in itertools.islice(rows(path), skip, None):
+    turned = itertools.chain(itertools.islice(rows(path), first, None),
+                             itertools.islice(rows(path), first))
+    for row in itertools.islice(turned, skip, None):
         record = parsed(path, *row) if isinstance(row, tuple) else row
         for name in ("task", "txt"):
             if not isinstance(record.get(name), str) or not record[name].strip():
@@ -431,7 +434,8 @@ class Source:
     """One weighted list as an endless stream of batches, every step a function of the seed.
 
     A window of records is read, turned into samples, sorted by length, cut into batches of at
-    most `budget` computed positions (longest x count) and the batches shuffled. `state` is all
+    most `budget` computed positions (longest x count) and the batches shuffled. An epoch begins
+    with any of the windows: stages shorter than an epoch meet other records. `state` is all
     there is to resume: which epoch, which window, how many of its batches are used of each kind,
     and for the log, how many records were rejected for which reason.
     """
@@ -461,7 +465,9 @@ class Source:
         state, turn, last = self.state, 0, None
         while True:
             empty = state["window"] == 0 and not state["used"]  # a whole epoch, from its start
-            stream = records(self.path, state["window"] * self.window)
+            rng = random.Random(f"{self.seed} {state['epoch']}")
+            first = rng.randrange(max(1, int(count(self.path) / self.window)))
+            stream = records(self.path, state["window"] * self.window, first * self.window)
             while chunk := list(itertools.islice(stream, self.window)):
                 kinds = self.made(chunk)
                 while left := {kind: n for kind, own in kinds.items()

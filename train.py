@@ -903,7 +903,7 @@ class Trainer:
         weight = int((batch["targets"] != -100).sum()) if self.talks else len(batch["clips"])
         return batch | {"weight": weight, "size": size}
 
-    def loader(self, lists: list[str], seed: int, state=None):
+    def loader(self, lists: list[str], seed: int | str, state=None):
         sources = []
         for item in lists:
             path, weight = weighted(item)
@@ -925,7 +925,7 @@ class Trainer:
 
     def run(self) -> None:
         args = self.args
-        batches = self.loader(args.data, args.seed, self.data_state)
+        batches = self.loader(args.data, f"{args.stage} {args.seed}", self.data_state)
         self.trainee.module.train()
         begun = window = time.time()
         waited, seen, work, sums = 0.0, 0, 0.0, {}

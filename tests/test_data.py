@@ -396,6 +396,22 @@ def test_an_epoch_has_every_record_once_and_counts_the_rest(tmp_path):
     assert one.state["rejected"]["a seven"] >= 6  # records 7 and 17, three times
 
 
+def test_an_epoch_begins_anywhere(tmp_path):
+    """A short run of one stage and of the next do not meet the same records of a long list."""
+    path = write_list(tmp_path / "l", [{"txt": "a", "task": "t", "n": 10 * i} for i in range(40)])
+    begun, sizes = set(), []
+    for seed in range(12):
+        one, names = Source(path, 1, make, 12, seed, window=10), []
+        for batch in one.batches():
+            if one.state["epoch"]:
+                break
+            names += [int(s.name[1:-2]) // 100 for s in batch]  # the window of each
+        begun.add(names[0])
+        sizes.append(Counter(names))
+        assert names == sorted(names, key=lambda n: (n - names[0]) % 4)
+    assert len(begun) == 4 and all(size == dict.fromkeys(range(4), 10) for size in sizes)
+
+
 def test_the_same_seed_gives_the_same_batches_and_another_one_others(tmp_path):
     def run(seed):
         return take(Mixture([source(tmp_path, "a"), source(tmp_path, "b", 7)], collate, seed), 40)
