@@ -10,8 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-SKIP = {"step", "stage", "lr", "rate", "wait", "minutes", "used", "perplexity", "commit", "gb", "mfu",
-        "rejected", "reply"}
+SKIP = {"step", "stage", "epoch", "lr", "rate", "wait", "minutes", "used", "perplexity", "commit",
+        "gb", "mfu", "rejected", "skipped", "reply"}
 
 
 def main(runs: list[str], out: str) -> None:
