@@ -47,7 +47,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, json_lines, messages,
+from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, json_lines, messages, place,
                   read_jsonl, read_wave, records, replacing, run_items, sections, spellings,
                   spoken_wave, write_lines, write_wave)
 from decoder import KVCache
@@ -337,11 +337,14 @@ def answers(bot: Chatbot, rows: list[dict], stop: bytes = b"") -> list[tuple[dic
     for r in rows:
         words = {"tts": r["txt"], "t2t": r["extra"].get("question") or r["extra"].get("q_txt")}
         wav = None if task in words else r.get("wav") or "no wav"
-        asked.append(Reply(bot, wav, words.get(task) or "", r.get("start", 0.0), r.get("end")))
+        reply = Reply(bot, wav, words.get(task) or "", r.get("start", 0.0), r.get("end"))
+        reply.history = [(bot.hear(*place(turn)), turn["txt"], turn.get("speech_token") or [])
+                         for turn in r["extra"].get("history") or []]
+        asked.append(reply)
     if bot.voice:
         return [tuple(what) for event, *what in bot.turns(asked) if event == "done"]
     ids, seen, live = [[] for _ in rows], [b""] * len(rows), {*range(len(rows))}
-    for i, _, token in bot.answers([(reply.mel, reply.asked) for reply in asked]):
+    for i, _, token in bot.answers([(reply.mel, reply.asked, reply.history) for reply in asked]):
         if i in live:
             ids[i].append(token)
             seen[i] += bot.tok.bytes_of(token)

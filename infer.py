@@ -87,20 +87,20 @@ class Chatbot:
         return log_mel(wave, self.model.cfg.encoder.n_mels)
 
     def answers(self, asked: list[tuple]):
-        """Tokens of the answers to several questions, (mel or None, text), at once, as
-        EChat.answers yields them."""
+        """Tokens of the answers to several questions, (mel or None, text, earlier turns), at once,
+        as EChat.answers yields them."""
         args, think = self.args, self.args.think
         own = echat.user_prompt(args.labels) if args.task == "understand" else echat.NATURAL \
             if think == "natural" and self.model.cfg.language == "en" else ""
         return self.model.answers(
-            self.tok, args.task, [(mel, own if own and mel is not None else text, self.history)
-                                  for mel, text in asked],
+            self.tok, args.task, [(mel, own if own and mel is not None else text, history)
+                                  for mel, text, history in asked],
             think != "off", args.interleave, seed=args.seed, max_tokens=args.max_tokens)
 
     def turns(self, replies: list["Reply"]):
         """Turns at once as events: ("text", piece), ("audio", wave chunk, its number),
         ("done", result, wave)."""
-        for i, phase, token in self.answers([(r.mel, r.asked) for r in replies]):
+        for i, phase, token in self.answers([(r.mel, r.asked, r.history) for r in replies]):
             yield from replies[i].take(phase, token)
         for reply in replies:
             yield from reply.end()
@@ -136,6 +136,7 @@ class Reply:
     def __init__(self, bot: Chatbot, wav: str | None, text: str, *span: float):
         self.bot, self.wav, self.asked, self.begun = bot, wav, text, time.time()
         self.mel = None if wav is None else bot.hear(wav, *span)  # (T, n_mels)
+        self.history = bot.history  # (mel, reply text, its codes) of earlier turns
         self.words, self.codes, self.waves, self.times = [], [], [], {}
         self.state, self.spoken, self.last = None, 0, None
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -659,6 +659,20 @@ def test_a_batch_answers_as_one_by_one(world, monkeypatch):
         assert [said["text"] for said, _ in ev.answers(bot, rows)] == one
 
 
+def test_a_record_is_asked_after_its_earlier_turns(world, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "qa", "--model", str(world), "--data", "x",
+                                      "--device", "cpu", "--max-tokens", "9"])
+    bot, asked = ev.chatbot(ev.arguments(), "s2t"), []
+    monkeypatch.setattr(bot, "answers", lambda some: asked.extend(some) or [])
+    past = [{"wav": str(world / "b.wav"), "txt": "hello", "speech_token": [1, 2]}]
+    rows = [record("a") | {"wav": str(world / "a.wav")}, record("b", history=past) | {
+        "wav": str(world / "a.wav")}]
+    ev.answers(bot, rows)
+    (_, _, none), (_, _, [(mel, text, codes)]) = asked
+    assert list(none) == [] and (text, codes) == ("hello", [1, 2])
+    assert torch.equal(mel, bot.hear(str(world / "b.wav")))
+
+
 def test_griffin_lim_keeps_a_tone():
     cfg = VocoderConfig()
     wave = (torch.arange(12000) * 2 * torch.pi * 440 / 24000).sin() * 0.3

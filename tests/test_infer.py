@@ -208,7 +208,7 @@ def test_interactive(checkpoint, run, wav, monkeypatch, tmp_path):
     """Turn by turn; what cannot be heard is told and forgotten; the last five turns are kept."""
     past, answers = [], infer.Chatbot.answers
     monkeypatch.setattr(infer.Chatbot, "answers", lambda self, asked: past.append(
-        len(self.history)) or answers(self, asked))
+        len(asked[0][2])) or answers(self, asked))
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{wav(1.0)}\n\n{tmp_path}/no.wav\n" + 7 * (
         wav(0.5) + "\n")))
     code, out, err = run("--interactive", "--model", checkpoint, "--json", "--task", "s2t",
