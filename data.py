@@ -1768,6 +1768,34 @@ def filtered(args: argparse.Namespace) -> None:
     tell(found)
 
 
+def spliced(args: argparse.Namespace) -> None:
+    """Put the sound event that a record is labelled with into its speech, before it, after it or
+    in a pause (App. A.1): a new list, its audio in LIST.wavs; records without one stay."""
+    found = Counter()
+
+    def put(record: dict, number: int) -> str:
+        labels = known_labels(record)
+        if labels.get("event", "OTHER") == "OTHER":
+            return "no event"
+        rng, (path, *span) = np.random.default_rng([args.seed, number]), place(record)
+        x = unit(read_wave(path, QUERY_SR, *span).double().numpy())
+        voice = {"pitch": 1.0, "formant": 1.0,
+                 "gender": labels.get("gender") or pick(rng, LABELS["gender"])}
+        x = splice(x, labels["event"], voice, labels.get("age", "ADULT"), "train", rng)
+        record |= {"wav": f"{args.out}.wavs/{number:06d}.wav", "start": 0.0, "end": None}
+        os.makedirs(os.path.dirname(record["wav"]), exist_ok=True)
+        write_wave(record["wav"], torch.from_numpy(0.9 * x / abs(x).max()), QUERY_SR)
+        return "spliced"
+
+    def made():
+        for number, record in enumerate(records(args.list)):
+            found[why := attempt(put, record, number)] += 1
+            if why in ("spliced", "no event"):
+                yield record
+    write_list(args.out, made())
+    tell(found)
+
+
 def tell(found: Counter) -> None:
     print(*(f"{name}: {n}" for name, n in found.most_common()), sep="\n")
 
@@ -1973,7 +2001,7 @@ def ask(args: argparse.Namespace) -> None:
 
 COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-label": pseudo_label,
             "answer": answer, "shards": shards, "voice": voice, "filter": filtered, "ask": ask,
-            "check": check}
+            "check": check, "splice": spliced}
 
 
 def main() -> None:
@@ -1984,16 +2012,16 @@ def main() -> None:
         for c in map(parsers.get, names.split()):
             c.add_argument(flag, **how)
     add("tokens check", "lists", nargs="+")
-    add("pseudo-label answer shards filter ask", "list")
+    add("pseudo-label answer shards filter ask splice", "list")
     add("voice", "wavs", nargs="+")
     add("build tokenizer shards", "--out", required=True, metavar="DIR")
     add("voice", "--out", required=True, metavar="FILE")
-    add("pseudo-label answer filter", "--out", required=True, metavar="LIST")
+    add("pseudo-label answer filter splice", "--out", required=True, metavar="LIST")
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
     add("build", "--n", type=int, default=10000)
     add("build", "--bench", action="store_true",
         help="the test sets of EChat-eval and App. C.4 instead")
-    add("build", "--seed", type=int, default=0)
+    add("build splice", "--seed", type=int, default=0)
     add("build", "--jobs", type=int, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")
     add("tokenizer", "--vocab", type=int, default=1024)

@@ -981,6 +981,24 @@ def test_an_event_is_spliced_in_and_the_words_stay(buzz, kind):
         assert min(words) > 0.9
 
 
+def test_splice_puts_the_labelled_event_into_a_list(buzz, tmp_path, wav, monkeypatch, capsys):
+    rows = [{"txt": "<SAD>hi", "task": "<S2TCHAT>", "wav": wav(1.0), "start": 0.2, "end": 0.8,
+             "extra": {"caption": "<COUGH>"}},
+            {"txt": "hi<OTHER>", "task": "<TRANSCRIBE> <EVENT>", "wav": wav(0.5)},
+            {"txt": "hi<SIGH>", "task": "<TRANSCRIBE> <EVENT>", "wav": "gone.wav"}]
+    path, out = write_list(tmp_path / "l.jsonl", rows), str(tmp_path / "out.jsonl")
+    made = []
+    for seed in (0, 0, 1):
+        command(monkeypatch, "splice", path, "--out", out, "--seed", seed)
+        made.append((read_wave(out + ".wavs/000000.wav"), open(out).read()))
+    told = capsys.readouterr().out.splitlines()[:3]
+    assert sorted(told) == ["no event: 1", "no such file: 1", "spliced: 1"]
+    cough, plain = data.records(out)
+    assert data.usable(cough)[2][0] > 70 and os.path.samefile(plain["wav"], wav(0.5))
+    assert made[0][1] == made[1][1] and torch.equal(made[0][0], made[1][0])
+    assert made[0][0].shape != made[2][0].shape or not torch.equal(made[0][0], made[2][0])
+
+
 def test_turns_are_conversations(tmp_path):
     talks = [{"key": f"{i}", "wav": f"{i}.wav", "txt": f"<SAD>hi {i}", "task": "<S2TCHAT>",
               "extra": {"reply_wav": f"r{i}.wav"}} for i in range(9)]
