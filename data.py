@@ -325,7 +325,7 @@ TAG = re.compile("<(?:[A-Z_]+|&&)>")
 def moved(record: dict, change) -> dict:
     """The record with every path in it changed."""
     extra = record["extra"]
-    past = [(turn, name) for turn in extra.get("history") or [] for name in ("wav", "reply_wav")]
+    past = [(turn, name) for turn in extra.get("history", []) for name in ("wav", "reply_wav")]
     for home, name in ((record, "wav"), (extra, "reply_wav"), (extra, "voice"), *past):
         if home.get(name):
             home[name] = change(home[name])
@@ -349,11 +349,13 @@ def shard(path: str):
             yield record | {"turns": [past[i] for i in sorted(past)]}
 
 
-def rows(path: str):
+def rows(path: str, first: int = 0):
     """The records of a list of any format as they are written there: dicts, or (number, line) of
-    JSONL, which costs nothing to skip."""
+    JSONL, which costs nothing to skip; from line `first` of the list on, then those before it."""
     folder = os.path.dirname(os.path.abspath(path))
-    for number, line in [(1, path)] if path.endswith(".tar") else lines(path):
+    turned = itertools.chain(itertools.islice(lines(path), first, None),
+                             itertools.islice(lines(path), first))
+    for number, line in [(1, path)] if path.endswith(".tar") else turned:
         words, _, tar = line.strip().rpartition("|")
         if not tar.endswith(".tar"):
             yield number, line
@@ -370,13 +372,11 @@ def rows(path: str):
 
 
 def records(path: str, skip: int = 0, first: int = 0):
-    """Yields the records of a list from the first'th on, then those before it, but for `skip` of
-    all these, with paths made whole. BadInput names a line that is none; what else is wrong with a
-    record is told by its `bad`."""
+    """Yields the records of a list in the order of `rows`, but for the first `skip`, with paths
+    made whole. BadInput names a line that is none; what else is wrong with a record is told by its
+    `bad`."""
     folder = os.path.dirname(os.path.abspath(path))
-    turned = itertools.chain(itertools.islice(rows(path), first, None),
-                             itertools.islice(rows(path), first))
-    for row in itertools.islice(turned, skip, None):
+    for row in itertools.islice(rows(path, first), skip, None):
         record = parsed(path, *row) if isinstance(row, tuple) else row
         for name in ("task", "txt"):
             if not isinstance(record.get(name), str) or not record[name].strip():
@@ -390,6 +390,8 @@ def records(path: str, skip: int = 0, first: int = 0):
         record["txt"] = record["txt"].replace("<ANGRY>", "<ANGER>")  # released lists have both
         if extra.get("q_emotion") == "<ANGRY>":
             extra["q_emotion"] = "<ANGER>"
+        if not extra.get("history", True):  # null
+            del extra["history"]
         if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
             rest = extra.get("history") or [{}] * len(turns)
             extra["history"] = [turn | more for turn, more in zip(turns, rest)]
@@ -406,13 +408,20 @@ def count(path: str) -> float:
         return sum(1 for _ in rows(path))
     tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
     each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
+    return max(1, count_lines(path)) * each
+
+
+def count_lines(path: str) -> float:
+    """How many lines a list has, judged as `count` does; a tar is one."""
+    if path.endswith(".tar"):
+        return 1
     size, read, ends = os.path.getsize(path), 0, 0
     with open(path, "rb") as f:
         for i in range(64):
             f.seek(size * i // 64)
             block = f.read(min(size * (i + 1) // 64 - f.tell(), 1 << 20))
             read, ends = read + len(block), ends + block.count(b"\n")
-    return max(1, ends * size / max(1, read)) * each
+    return ends * size / max(1, read)
 
 
 def reason(e: BadInput) -> str:
@@ -428,6 +437,17 @@ def attempt(make, record: dict, *more):
         return reason(e)
     except (TypeError, KeyError, AttributeError) as e:  # text where a number should be, and so on
         return f"malformed: {e}"
+
+
+def readable(items, read) -> tuple[list[tuple], Counter]:
+    """(item, what is read of it) of those that can be read, and why others cannot."""
+    found, lost = [], Counter()
+    for item in items:
+        try:
+            found.append((item, read(item)))
+        except BadInput as e:
+            lost[reason(e)] += 1
+    return found, lost
 
 
 class Source:
@@ -446,7 +466,7 @@ class Source:
         self.state = {"epoch": 0, "window": 0, "used": {}, "rejected": {}}
 
     def made(self, chunk: list[dict]) -> dict[str, list]:
-        """The batches of a window by their kind, in the order of their use."""
+        """The batches of a window that are not used yet, by kind, in the order of their use."""
         state, kinds = self.state, {}
         rng = random.Random(f"{self.seed} {state['epoch']} {state['window']}")
         samples = [attempt(self.make, r, state["epoch"], rng) for r in chunk]
@@ -457,28 +477,29 @@ class Source:
         rng.shuffle(cut)
         for batch in cut:
             kinds.setdefault(batch[0].kind, []).append(batch)
-        return kinds
+        left = {kind: own[state["used"].get(kind, 0):] for kind, own in kinds.items()}
+        return {kind: own for kind, own in left.items() if own}
 
     def batches(self, share: int = 1):
         """Batches without end; `share` that follow on each other are of one kind, but for what
         is left of a window: ranks that train side by side do the same work."""
         state, turn, last = self.state, 0, None
+        windows = max(1, int(count_lines(self.path) / self.window))
         while True:
             empty = state["window"] == 0 and not state["used"]  # a whole epoch, from its start
-            rng = random.Random(f"{self.seed} {state['epoch']}")
-            first = rng.randrange(max(1, int(count(self.path) / self.window)))
+            first = random.Random(f"{self.seed} {state['epoch']}").randrange(windows)
             stream = records(self.path, state["window"] * self.window, first * self.window)
             while chunk := list(itertools.islice(stream, self.window)):
-                kinds = self.made(chunk)
-                while left := {kind: n for kind, own in kinds.items()
-                               if (n := len(own) - state["used"].get(kind, 0))}:
+                left = self.made(chunk)
+                while left:
                     if turn % share == 0 or last not in left:
                         at = [self.seed, *map(state.get, ("epoch", "window", "used"))]
-                        rng = random.Random(f"{at}")
-                        last, = rng.choices([*left], [*left.values()])
-                    turn, empty = turn + 1, False
-                    batch = kinds[last][-left[last]]
-                    state["used"] = state["used"] | {last: len(kinds[last]) - left[last] + 1}
+                        last, = random.Random(f"{at}").choices([*left], [*map(len, left.values())])
+                    turn, empty, used = turn + 1, False, state["used"]
+                    batch = left[last].pop(0)
+                    if not left[last]:
+                        del left[last]
+                    state["used"] = used | {last: used.get(last, 0) + 1}
                     yield batch
                 state.update(window=state["window"] + 1, used={})
             if empty:
@@ -1353,7 +1374,7 @@ def write_list(path: str, made) -> None:
 def sayings(record: dict) -> list[tuple[dict, tuple | None]]:
     """All that the model says in a record, its own turn first: where its codes belong, and its
     speech as of `spoken`, or None."""
-    past = record["extra"].get("history") or []
+    past = record["extra"].get("history", [])
     return [(record["extra"], spoken(record)), *(
         (turn, turn.get("reply_wav") and (turn["reply_wav"], 0.0, None)) for turn in past)]
 
@@ -1397,32 +1418,27 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         raise BadInput("tokens takes --model or --s3")
     for path in args.lists:
         parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
-    s3, found, wanted = speech_tokenizer(args, args.device), Counter(), []
+    s3 = speech_tokenizer(args, args.device)
     source = args.s3 or f"{args.model}/tokenizer_s3.safetensors"
     part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns)
     with open(part, "a+b") as f:
         whole_lines(f)
         f.seek(0)
         done = {tuple(clip): codes for clip, codes in map(json.loads, f)}
-        for clip in {clip for path in args.lists for r in records(path) for home, clip in sayings(r)
-                     if clip and not home.get("speech_token")} - done.keys():
-            try:
-                wanted.append((seconds_of(*clip), clip))
-            except BadInput as e:
-                found[reason(e)] += 1
-        wanted.sort(key=lambda item: (item[0], str(item[1])))
+        wanted, found = readable({
+            clip for path in args.lists for r in records(path) for home, clip in sayings(r)
+            if clip and not home.get("speech_token")} - done.keys(), lambda at: seconds_of(*at))
+        wanted.sort(key=lambda item: (item[1], str(item[0])))
         for i in tqdm(range(0, len(wanted), batch), unit=" batches", desc="speech codes",
                       disable=not wanted):
-            mels = {}
-            for _, (path, *span) in wanted[i:i + batch]:
-                try:
-                    mels[path, *span] = features(path, s3.cfg.n_mels, *span).to(args.device)
-                except BadInput as e:
-                    found[reason(e)] += 1
-            if mels:
-                lengths = torch.tensor([len(m) for m in mels.values()], device=args.device)
-                codes, lengths = s3.encode(pad_stack([*mels.values()]), lengths)
-                new = {clip: c[:n].tolist() for clip, c, n in zip(mels, codes, lengths)}
+            made, lost = readable((clip for clip, _ in wanted[i:i + batch]), lambda at: features(
+                at[0], s3.cfg.n_mels, *at[1:]).to(args.device))
+            found += lost
+            if made:
+                clips, mels = zip(*made)
+                lengths = torch.tensor([len(m) for m in mels], device=args.device)
+                codes, lengths = s3.encode(pad_stack(mels), lengths)
+                new = {clip: c[:n].tolist() for clip, c, n in zip(clips, codes, lengths)}
                 f.writelines(json.dumps(item).encode() + b"\n" for item in new.items())
                 f.flush()
                 done |= new
@@ -1448,7 +1464,7 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
 def members(record: dict, folder: str) -> dict[str, bytes]:
     """What a shard holds of a record, by suffix; audio as 16-bit PCM."""
     extra, out = record["extra"], {"task": record["task"].encode()}
-    past = extra.get("history") or []
+    past = extra.get("history", [])
     for end, turn in (("", record), *((f"_{i}", turn) for i, turn in enumerate(past, 1))):
         out["txt" + end] = turn.get("txt", "").encode()
         if turn.get("wav"):
@@ -1501,7 +1517,7 @@ def usable(record: dict, codes: int = 4096) -> tuple[str, list[tuple], list[int]
             raise BadInput(f"unknown task {task}")
     if kind == "t2t" and not extra.get("question"):
         raise BadInput("no question")
-    past = extra.get("history") or [] if kind in ("s2s", "s2t") else []
+    past = extra.get("history", []) if kind in ("s2s", "s2t") else []
     if kind in ("tts", "s2s") and not extra.get("speech_token"):
         raise BadInput("no speech_token")
     for said in (extra if kind in ("tts", "s2s") else {}, *past):
@@ -1549,6 +1565,13 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
         write_list(args.out, kept())
     os.remove(part)
     print(json.dumps(found))
+
+
+def earlier(record: dict, hear) -> list[tuple]:
+    """The turns before a record as `prompt` and `EChat.answers` take them: what `hear` makes of
+    each, its reply, its codes."""
+    return [(hear(turn), turn["txt"], turn.get("speech_token") or [])
+            for turn in record["extra"].get("history", [])]
 
 
 def heard_wave(record: dict, n_mels: int) -> Tensor:
@@ -1613,9 +1636,8 @@ def answer(args: argparse.Namespace) -> None:
     def question(record: dict) -> tuple | str:
         if "<S2TCHAT" not in record["task"]:
             return "no spoken dialogue"
-        return (heard_wave(record, n_mels), "", [
-            (heard_wave(turn, n_mels), turn["txt"], turn.get("speech_token") or [])
-            for turn in record["extra"].get("history") or []])
+        return heard_wave(record, n_mels), "", earlier(
+            record, lambda turn: heard_wave(turn, n_mels))
 
     def reply(record: dict, text: list[int], speech: list[int]) -> list[str] | str:
         think, end, txt = tok.decode(text[:-1]).partition(THINK_END)
@@ -1662,7 +1684,10 @@ def voice(args: argparse.Namespace) -> None:
         config = load_config(args.model)
         cfg = config.vocoder
     s3 = speech_tokenizer(args)
-    heard = [features(wav, s3.cfg.n_mels)[None] for wav in args.wavs][0]  # none is too short
+    for wav in args.wavs:
+        if frames_of(wav) < 2:
+            raise BadInput(f"{wav}: too short")
+    heard = features(args.wavs[0], s3.cfg.n_mels)[None]  # (1, T, n_mels)
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]
     mel = mels[0]  # (1, T, 80)
     codes, _ = s3.encode(heard, torch.tensor([heard.shape[1]]))
@@ -1720,11 +1745,12 @@ def check(args: argparse.Namespace) -> None:
         for record in records(path):
             tasks[record["task"]] += 1
             labels.update(map(" ".join, known_labels(record).items()))
-            for found in (attempt(usable, record), attempt(seconds, record)):
-                if isinstance(found, str):
-                    problems[found] += 1
-                    break
-                total += found if isinstance(found, float) else 0.0
+            found = attempt(usable, record)
+            found = found if isinstance(found, str) else attempt(seconds, record)
+            if isinstance(found, str):
+                problems[found] += 1
+            else:
+                total += found
         print(path, json.dumps({
             "records": tasks.total(), "hours": round(total / 3600, 2), "tasks": tasks,
             "labels": labels, "problems": problems}, indent=1, ensure_ascii=False))

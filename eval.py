@@ -47,9 +47,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model as echat
-from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, json_lines, messages, place,
-                  read_jsonl, read_wave, records, replacing, run_items, sections, spellings,
-                  spoken_wave, write_lines, write_wave)
+from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, earlier, json_lines,
+                  messages, place, read_jsonl, read_wave, records, replacing, run_items, sections,
+                  spellings, spoken_wave, write_lines, write_wave)
 from decoder import KVCache
 from encoder import load_whisper, log_mel
 from flow import Flow, FlowConfig, load_cosyvoice1
@@ -338,8 +338,7 @@ def answers(bot: Chatbot, rows: list[dict], stop: bytes = b"") -> list[tuple[dic
         words = {"tts": r["txt"], "t2t": r["extra"].get("question") or r["extra"].get("q_txt")}
         wav = None if task in words else r.get("wav") or "no wav"
         reply = Reply(bot, wav, words.get(task) or "", r.get("start", 0.0), r.get("end"))
-        reply.history = [(bot.hear(*place(turn)), turn["txt"], turn.get("speech_token") or [])
-                         for turn in r["extra"].get("history") or []]
+        reply.history = earlier(r, lambda turn: bot.hear(*place(turn)))
         asked.append(reply)
     if bot.voice:
         return [tuple(what) for event, *what in bot.turns(asked) if event == "done"]

@@ -278,11 +278,11 @@ def pcm(wave: torch.Tensor) -> None:
 
 def finish(args: argparse.Namespace, result: dict, wave: torch.Tensor | None) -> bool:
     """A whole reply: the wav, and JSON or lines for people."""
-    if wave is not None and args.out == "-" and not args.stream:
-        pcm(wave)
-    elif wave is not None and args.out != "-":
+    if wave is not None and args.out != "-":
         result["audio"] = reply_path(result["wav"], args.out)
         write_wave(result["audio"], wave, result["sample_rate"])
+    elif wave is not None and not args.stream:
+        pcm(wave)
     told = {"event": "done", **result} if args.stream else result
     put(args, told if args.json else lines_for_people(result))
     return True
@@ -338,8 +338,8 @@ def objection(args: argparse.Namespace) -> str | None:
         (not folder and not os.path.isdir(home), f"--out {args.out}: no such folder"),
         (several and len({reply_path(wav, args.out) for wav in args.wavs}) < len(args.wavs),
          "two wavs have the same name: their replies would be one file"),
-        (not 1 <= args.max_tokens <= 100000 or (args.steps or 1) < 1 or args.steps == 0
-         or abs(args.seed) >= 2**63,
+        (not 1 <= args.max_tokens <= 100000 or abs(args.seed) >= 2**63
+         or args.steps is not None and args.steps < 1,
          "--max-tokens, --steps, --seed: out of range"),
         (not (args.temperature or 0) >= 0 or (args.top_k or 0) < 0
          or not 0 < (1 if args.top_p is None else args.top_p) <= 1,

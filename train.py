@@ -237,7 +237,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
 
     # Spoken dialogue, eq. 3; with the think of eq. 4 in front.
     history = [(n, turn["txt"], turn.get("speech_token") or [])
-               for n, turn in zip(slots, extra.get("history") or [])]
+               for n, turn in zip(slots, extra.get("history", []))]
     think, user, said = "", "", extra.get("q_txt") or extra.get("question") or ""
     if rng.random() < stage.think and "own_think" not in extra:  # that reply fits its own labels
         if extra.get("think_str") and rng.random() < 0.25:
@@ -498,16 +498,11 @@ class Clip:
 
 
 def readable(clips: list[Clip], read) -> tuple[list[Clip], list[Tensor], dict]:
-    """The clips whose audio can be read, what is read of them, and why others cannot."""
-    found, lost = [], Counter()
-    for clip in clips:
-        try:
-            found.append((clip, read(clip)))
-        except BadInput as e:
-            lost[data.reason(e)] += 1
-            last = e
+    """The clips whose audio can be read, what is read of them, and why others cannot. BadInput if
+    none can."""
+    found, lost = data.readable(clips, read)
     if not found:
-        raise last
+        raise BadInput(f"{clips[0].path}: {next(iter(lost))}, as all clips of a batch")
     return *map(list, zip(*found)), dict(lost)
 
 
@@ -587,10 +582,10 @@ class Voice:
         load_if_there(self.whole, args.init, "token2wav.safetensors")
 
     def make(self, record: dict, epoch: int, rng: random.Random) -> Clip | str:
-        extra = record["extra"]
-        if not data.spoken(record):
+        extra, said = record["extra"], data.spoken(record)
+        if not said:
             return "no speech to say"
-        (path, start, end), codes = data.spoken(record), extra.get("speech_token") or []
+        (path, start, end), codes = said, extra.get("speech_token") or []
         frames = int(data.seconds_of(path, start, end) * 100)
         frames = min(frames, 4 * len(codes)) if self.needs_codes else frames
         length = min(frames, self.longest) // 4 * 4
