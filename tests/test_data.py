@@ -325,6 +325,15 @@ def test_combine_lists_take_the_words_of_the_jsonl(tmp_path, dialogues, monkeypa
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/list.txt").write_text("shard_00000.tar\n")
     assert len(list(data.records("conf/list.txt"))) == 3
+    for name in ("conf/list.txt", "shard_00000.tar"):  # and their audio is found
+        assert all(data.frames_of(r["wav"]) > 0 for r in data.records(name) if r.get("wav"))
+
+
+def test_a_name_that_is_no_utf8_is_told(tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/bad\xff.wav")
+    open(name, "wb").close()
+    with pytest.raises(BadInput, match="not a readable audio file"):
+        read_wave(name)
 
 
 def test_damaged_shards_are_rejects(tmp_path, dialogues, monkeypatch):

@@ -243,6 +243,15 @@ def test_what_cannot_be_written_or_read_is_one_line(checkpoint, run, wav, tmp_pa
     assert code == 2 and "same name" in err and err.count("\n") == 1 and not out
 
 
+def test_chunks_of_a_longer_reply_do_not_stay(checkpoint, run, wav, tmp_path):
+    for n in (0, 1, 77):
+        (tmp_path / f"b.{n:03d}.wav").write_bytes(b"old")
+    code, out, err = run(wav(1.0), "--model", checkpoint, "--json", "--max-tokens", 60, "--think",
+                         "off", "--interleave", "--stream", "--out", tmp_path / "b.wav")
+    said = {e["path"] for e in answers_of(out) if e["event"] == "audio"}
+    assert code == 0 and said == {str(p) for p in tmp_path.glob("b.*.wav")}, err
+
+
 def test_a_streamed_reply_is_the_reply(checkpoint, run, wav, tmp_path):
     words = [wav(1.0), "--model", checkpoint, "--json", "--max-tokens", 90, "--think", "off",
              "--interleave", "--temperature", 1]

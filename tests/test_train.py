@@ -771,6 +771,11 @@ def test_checkpoints_are_kept_and_the_best_of_them(run, lists, monkeypatch, chec
     assert len(replies) == 3 and all(r.endswith("[0 codes]") for r in replies)
     again = run("text", lists["text"], "out/step-5", steps=5, resume=True)
     assert again.step == 5 and again.best == 1.0
+    losses = iter([9.0, 0.5])  # a better one without --keep: what was kept stays
+    run("text", lists["text"], steps=7, resume=True, **flags | {"keep": 0, "valid_every": 7})
+    assert folders == {n for n in os.listdir(out) if os.path.isdir(os.path.join(out, n))}
+    state = torch.load(os.path.join(out, "best", "state.pt"), weights_only=True)
+    assert state["step"] == 7 and state["best"] == 0.5
 
 
 @pytest.mark.parametrize("stage", ["tts", "empathy", "understand"])
