@@ -1132,15 +1132,16 @@ def sentences(scenes: list) -> list[dict]:
 
 KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
 BENCH = list(KINDS)[:5]  # the test sets of EChat-eval: all but plain
+DRILLS = {"drill": 3, "heard": 5}  # words from one sentence at most; the second kind is not said
 
 
-def drill(texts: list[str], rng) -> str:
-    """5 to 9 words, cut from sentences one to three at a time: words in an order never heard."""
+def drill(texts: list[str], longest: int, rng) -> str:
+    """A few words, cut from sentences up to `longest` at a time: in an order never heard."""
     words = []
-    while len(words) < 5:
+    while len(words) < longest + 2:
         said = pick(rng, texts).rstrip(".!?").split()
         first = rng.integers(len(said))
-        words += said[first:first + rng.integers(1, 4)]
+        words += said[first:first + rng.integers(1, longest + 1)]
     text = " ".join(words)
     return text[0].upper() + text[1:].rstrip(",") + "."
 
@@ -1151,8 +1152,8 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
     pool, voices = pools[split]
     if kind == "gender" and rng.random() < 0.7:  # more of those where it changes the answer
         pool = [s for s in pool if "male" in s["scene"]]
-    sentence = {"query": drill(pools["texts"], rng), "scene": {"id": ""}} if kind == "drill" \
-        else pick(rng, pool)
+    sentence = {"query": drill(pools["texts"], DRILLS[kind], rng), "scene": {"id": ""}} \
+        if kind in DRILLS else pick(rng, pool)
     labels = {k: pick(rng, v) for k, v in LABELS.items()}
     labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
     silent = rng.random() < 0.5 and kind != "event"
@@ -1165,7 +1166,7 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
     voice = pick(rng, [v for v in able if v["engine"] == engine])
     known = labels if kind == "multi" else {k: v for k, v in labels.items() if k == kind}
     tone, scene = reply_emotion(known), sentence["scene"]
-    reply = "" if kind == "drill" else compose(scene, sentence["value"], known, bank, rng)
+    reply = "" if kind in DRILLS else compose(scene, sentence["value"], known, bank, rng)
     return {"index": index, "wav": f"query/{index:06d}.wav", "split": split, "kind": kind,
             "query": sentence["query"], "scene": scene["id"], "labels": labels,
             "known": known, "tone": tone, "voice": voice, "reply": reply,
@@ -1186,9 +1187,11 @@ def plan_ask(index: int, name: str, pools: dict, bank: dict, seed: int) -> dict:
                    "query": words.format(tone=wanted.lower(), text=item["query"])}
 
 
-def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool) -> list[dict]:
-    """n train dialogues (+1 % spare for rejects), 600 test ones and 1.5 n drills, or a small model
-    learns the few thousand sentences by heart; or EChat-eval's, by numbers that no corpus has."""
+def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool,
+         heard: int = 0) -> list[dict]:
+    """n train dialogues (+1 % spare for rejects), 600 test ones, 1.5 n drills and some more, or a
+    small model learns the few thousand sentences by heart; or EChat-eval's, by numbers that no
+    corpus has."""
     rows, voices = sentences(scenes), [v for v in voice_table() if v["engine"] in engines]
     pools = {split: [[x for x in table if x["split"] == split] for table in (rows, voices)]
              for split in ("train", "test")}
@@ -1204,8 +1207,9 @@ def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool)
                   for i, name in enumerate(name for name in LABELS for _ in range(210))]
     pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
                              for k in ("query", "reply")})
-    return items + [plan_item(len(items) + i, "train", "drill", pools, bank, seed)
-                    for i in range(0 if bench else n * 3 // 2)]
+    drills = [] if bench else ["drill"] * (n * 3 // 2) + ["heard"] * heard
+    return items + [plan_item(len(items) + i, "train", kind, pools, bank, seed)
+                    for i, kind in enumerate(drills)]
 
 
 def reply_path(text: str, emotion: str) -> str:
@@ -1225,7 +1229,7 @@ def item_records(item: dict, seed: int):
     key, tone = f"{item['split']}_{item['index']:06d}", f"<{item['tone']}>"
     tags = {k: f"<{v}>" for k, v in labels.items()}
     recipe = labels | {"voice": voice["name"], "engine": voice["engine"]}
-    if item["kind"] != "drill":
+    if item["kind"] not in DRILLS:
         shown = {IN_EXTRA[k]: tags[k] for k in known}
         shown |= {"think_str": item["think"]} if known else {}
         yield "echat" if known else "plain", record(
@@ -1318,7 +1322,7 @@ def build(args: argparse.Namespace):
     os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # for the children
     engines, out = find_engines(), Path(args.out)
     scenes, bank = load_bank()
-    items = plan(args.n, args.seed, scenes, bank, engines, args.bench)
+    items = plan(args.n, args.seed, scenes, bank, engines, args.bench, args.drills)
     for folder in ("query", "reply"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     stamp, settings = out / "settings.sha1", repr([args.seed, items, EMOTION, AGE, REPLY, THROAT])
@@ -1341,8 +1345,8 @@ def build(args: argparse.Namespace):
             rejects[why] += bool(why)
     good = [i for i in items if seconds[i["wav"]]]
     items = [i for i in good if i["split"] == "test"]
-    items += [i for i in good if i["split"] == "train" and i["kind"] != "drill"][:args.n]
-    items += [i for i in good if i["kind"] == "drill"]
+    items += [i for i in good if i["split"] == "train" and i["kind"] not in DRILLS][:args.n]
+    items += [i for i in good if i["kind"] in DRILLS]
     write_manifests(out, bench_manifests(items, args.seed) if args.bench
                     else manifests(items, rows, args.seed), seconds)
     print("engines", dict(Counter(i["voice"]["engine"] for i in items)), "voices",
@@ -2045,6 +2049,8 @@ def main() -> None:
     add("pseudo-label answer filter splice", "--out", required=True, metavar="LIST")
     add("ask", "--out", required=True, metavar="LIST", help="answers are kept in LIST.asked")
     add("build", "--n", type=int, default=10000)
+    add("build", "--drills", type=int, default=0,
+        help="so many more queries of words in an order never heard")
     add("build", "--bench", action="store_true",
         help="the test sets of EChat-eval and App. C.4 instead")
     add("build splice", "--seed", type=int, default=0)

@@ -771,3 +771,19 @@ def test_bench_is_held_out_and_disturbs_no_corpus():
     lines = json.dumps(made["echat", "test"] + made["asr", "train"])
     assert hashlib.sha1(lines.encode()).hexdigest() == "ea107ab52603729ec506009bca1bfad80fe4d82f"
     assert not {i["wav"] for i in plan} & {i["wav"] for i in items}
+
+
+def test_more_drills_are_heard_and_disturb_no_corpus():
+    scenes, clauses = data.load_bank()
+    plan = data.plan(5, 0, scenes, clauses, ENGINES, False)
+    more = data.plan(5, 0, scenes, clauses, ENGINES, False, heard=20)
+    drills = more[len(plan):]
+    assert more[:len(plan)] == plan and [i["kind"] for i in drills] == ["heard"] * 20
+    assert all(7 <= len(i["query"].split()) <= 11 for i in drills)
+    known = {i[k] for i in plan for k in ("query", "reply")}
+    assert not known & {i["query"] for i in drills} and all(i["split"] == "train" for i in drills)
+    words = {w.strip(".,!?").lower() for said in known for w in said.split()}
+    assert {w.strip(".,!?").lower() for i in drills for w in i["query"].split()} <= words
+    made = data.manifests(drills, [], 0)
+    assert {name: len(rows) for (name, split), rows in made.items() if rows} == {
+        "asr": 20, "asrp": 80, "onlyp": 20, "full": 20}
