@@ -1132,16 +1132,16 @@ def sentences(scenes: list) -> list[dict]:
 
 KINDS = {"multi": 0.55, "emotion": 0.12, "age": 0.06, "gender": 0.06, "event": 0.06, "plain": 0.15}
 BENCH = list(KINDS)[:5]  # the test sets of EChat-eval: all but plain
-DRILLS = {"drill": 3, "heard": 5}  # words from one sentence at most; the second kind is not said
+DRILLS = ("drill", "heard")  # of all texts alike, heard and said; of all words alike, heard only
 
 
-def drill(texts: list[str], longest: int, rng) -> str:
-    """A few words, cut from sentences up to `longest` at a time: in an order never heard."""
+def drill(places: list[list], rng) -> str:
+    """5 to 7 words, cut from sentences one to three at a time: in an order never heard. places:
+    lists of (words of a sentence, place in it), of which each is drawn from as often."""
     words = []
-    while len(words) < longest + 2:
-        said = pick(rng, texts).rstrip(".!?").split()
-        first = rng.integers(len(said))
-        words += said[first:first + rng.integers(1, longest + 1)]
+    while len(words) < 5:
+        said, first = pick(rng, pick(rng, places))
+        words += said[first:first + rng.integers(1, 4)]
     text = " ".join(words)
     return text[0].upper() + text[1:].rstrip(",") + "."
 
@@ -1152,7 +1152,7 @@ def plan_item(index: int, split: str, kind: str, pools: dict, bank: dict, seed: 
     pool, voices = pools[split]
     if kind == "gender" and rng.random() < 0.7:  # more of those where it changes the answer
         pool = [s for s in pool if "male" in s["scene"]]
-    sentence = {"query": drill(pools["texts"], DRILLS[kind], rng), "scene": {"id": ""}} \
+    sentence = {"query": drill(pools[kind], rng), "scene": {"id": ""}} \
         if kind in DRILLS else pick(rng, pool)
     labels = {k: pick(rng, v) for k, v in LABELS.items()}
     labels["emotion"] = "NEUTRAL" if rng.random() < 0.25 else pick(rng, LABELS["emotion"][:-1])
@@ -1205,8 +1205,13 @@ def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool,
     if bench:
         items += [plan_ask(10**7 + len(items) + i, name, pools, bank, seed)
                   for i, name in enumerate(name for name in LABELS for _ in range(210))]
-    pools["texts"] = sorted({i[k] for i in items if i["split"] == "train"
-                             for k in ("query", "reply")})
+    texts = {i[k] for i in items if i["split"] == "train" for k in ("query", "reply")}
+    pools["drill"] = [[(said, i) for i in range(len(said))] for said in
+                      (text.rstrip(".!?").split() for text in sorted(texts))]
+    words = defaultdict(list)
+    for said, i in itertools.chain(*pools["drill"]):
+        words[said[i].strip(",.!?").lower()].append((said, i))
+    pools["heard"] = [words[word] for word in sorted(words)]
     drills = [] if bench else ["drill"] * (n * 3 // 2) + ["heard"] * heard
     return items + [plan_item(len(items) + i, "train", kind, pools, bank, seed)
                     for i, kind in enumerate(drills)]

@@ -779,7 +779,7 @@ def test_more_drills_are_heard_and_disturb_no_corpus():
     more = data.plan(5, 0, scenes, clauses, ENGINES, False, heard=20)
     drills = more[len(plan):]
     assert more[:len(plan)] == plan and [i["kind"] for i in drills] == ["heard"] * 20
-    assert all(7 <= len(i["query"].split()) <= 11 for i in drills)
+    assert all(5 <= len(i["query"].split()) <= 7 for i in drills)
     known = {i[k] for i in plan for k in ("query", "reply")}
     assert not known & {i["query"] for i in drills} and all(i["split"] == "train" for i in drills)
     words = {w.strip(".,!?").lower() for said in known for w in said.split()}
