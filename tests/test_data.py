@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing.dummy
 import os
 import random
 import sys
@@ -977,6 +978,29 @@ def test_a_query_is_the_same_for_the_same_seed_and_made_once(buzz, tmp_path):
     item = an_item() | {"query": "word " * 60}
     assert "implausible length" in data.run_job((data.make_query, tmp_path / "d", item, 0))[2]
     assert not (tmp_path / "d").exists()
+
+
+def test_a_corpus_with_more_drills(tmp_path, monkeypatch, capsys):
+    spoken = []
+    monkeypatch.setattr(data, "find_engines", lambda: {"hibari", "espeak"})
+    monkeypatch.setattr(data.multiprocessing, "get_context", lambda _: multiprocessing.dummy)
+    monkeypatch.setattr(data, "run_job", lambda job: spoken.append(job[1]) or (job[1], 1.0, ""))
+    lists = {}
+    for drills in (0, 5):
+        out = tmp_path / str(drills)
+        command(monkeypatch, "build", "--n", 4, "--out", out, "--drills", drills, "--jobs", 1)
+        lists[drills] = {p.name: p.read_text().splitlines() for p in out.glob("*.jsonl")}
+    more = {name: len(rows) - len(lists[0][name]) for name, rows in lists[5].items()}
+    assert {name: n for name, n in more.items() if n} == {
+        "asr.train.jsonl": 5, "asrp.train.jsonl": 20, "full.train.jsonl": 5, "onlyp.train.jsonl": 5}
+    assert all(set(lists[0][name]) <= set(rows) for name, rows in lists[5].items())
+    alike = [{str(path.relative_to(tmp_path / n)) for path in spoken
+              if path.is_relative_to(tmp_path / n)} for n in "05"]
+    assert alike[0] < alike[1] and len(alike[1] - alike[0]) == 5  # heard, not said
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "build", "--n", 4, "--out", out, "--jobs", 1)
+    assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [k for k in data.LABELS["event"] if k != "OTHER"])
