@@ -1211,6 +1211,8 @@ def plan(n: int, seed: int, scenes: list, bank: dict, engines: set, bench: bool,
     words = defaultdict(list)
     for said, i in itertools.chain(*pools["drill"]):
         words[said[i].strip(",.!?").lower()].append((said, i))
+    if heard and not words:
+        raise BadInput("build: drills are cut from dialogues, and there are none: --n")
     pools["heard"] = [words[word] for word in sorted(words)]
     drills = [] if bench else ["drill"] * (n * 3 // 2) + ["heard"] * heard
     return items + [plan_item(len(items) + i, "train", kind, pools, bank, seed)

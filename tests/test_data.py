@@ -1001,6 +1001,9 @@ def test_a_corpus_with_more_drills(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, "build", "--n", 4, "--out", out, "--jobs", 1)
     assert stop.value.code == 2 and "other settings" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, "build", "--n", 0, "--out", tmp_path / "0", "--drills", 1)
+    assert stop.value.code == 2 and "there are none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", [k for k in data.LABELS["event"] if k != "OTHER"])
