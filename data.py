@@ -393,7 +393,7 @@ def records(path: str, skip: int = 0, first: int = 0):
         if not extra.get("history", True):  # null
             del extra["history"]
         if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
-            rest = extra.get("history") or [{}] * len(turns)
+            rest = extra.get("history", [{}] * len(turns))
             extra["history"] = [turn | more for turn, more in zip(turns, rest)]
         try:
             yield moved(record, partial(whole, folder=folder))

@@ -333,7 +333,7 @@ def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chat
 def answers(bot: Chatbot, rows: list[dict], stop: bytes = b"") -> list[tuple[dict, Tensor | None]]:
     """What a bot with a voice says to some records at once; without, what it writes up to `stop`
     or its end."""
-    bot.history, asked, task = [], [], bot.args.task
+    asked, task = [], bot.args.task
     for r in rows:
         words = {"tts": r["txt"], "t2t": r["extra"].get("question") or r["extra"].get("q_txt")}
         wav = None if task in words else r.get("wav") or "no wav"
