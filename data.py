@@ -724,7 +724,11 @@ def track_f0(x: np.ndarray) -> np.ndarray:
     peak = r.max(1)
     good = (r >= 0.88 * peak[:, None]).argmax(1)  # the shortest: no octave drops
     start = (good - 3).clip(0)
-    lag = low + np.array([a + row[a:i + 6].argmax() for row, a, i in zip(r, start, good)])
+    best = np.array([a + row[a:i + 6].argmax() for row, a, i in zip(r, start, good)])
+    best = best.clip(1, high - low - 2)
+    a, b, c = (r[np.arange(len(r)), best + i] for i in (-1, 0, 1))
+    bend = np.minimum(a - 2 * b + c, -1e-9)  # a peak between samples: the top of a parabola
+    lag = low + best + (0.5 * (a - c) / bend).clip(-0.5, 0.5)
     energy = (frames ** 2).mean(1)
     voiced = (peak > 0.55) & (energy > 0.003 * energy.max())
     return scipy.ndimage.median_filter(np.where(voiced, QUERY_SR / lag, 0), 5)

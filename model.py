@@ -39,7 +39,7 @@ from adapter import Adapter, AdapterConfig
 from decoder import Decoder, DecoderConfig, KVCache, SharedPrefix
 from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, load_whisper
 from flow import Flow, FlowConfig, load_cosyvoice1
-from vocoder import Generator, HiFT, VocoderConfig, hift, load_hift
+from vocoder import VOCODERS, VocoderConfig, hift, load_hift
 
 AUDIO, PAD = -1, -2  # ids that no table holds
 TEXT_BLOCK, SPEECH_BLOCK = 6, 18  # the interleave, paper section LLM
@@ -385,9 +385,8 @@ class Token2Wav(nn.Module):
     def __init__(self, cfg: Config, voice: dict[str, Tensor]):
         super().__init__()
         self.cfg, self.voice = cfg, voice
-        own = math.prod(cfg.vocoder.rates) == cfg.vocoder.hop  # HiFT makes the rest by an iSTFT
         self.flow = Flow(cfg.flow)
-        self.vocoder = Generator(cfg.vocoder) if own else HiFT(cfg.vocoder)
+        self.vocoder = VOCODERS[cfg.vocoder.kind](cfg.vocoder)
 
     def start(self, seed: int = 0, steps: int | None = None,
               voice: dict[str, Tensor] | None = None):

@@ -652,22 +652,25 @@ class FlowStage(Voice):
 
 
 class VocoderStage(Voice):
-    """HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). With a source
+    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). With a source
     also 10 x multi-resolution STFT and what teaches the pitch; the source sings at the true one."""
 
     turns = ("discriminator", "generator")
 
     def __init__(self, args, cfg, stage):
         super().__init__(args, cfg, stage)
-        self.module = nn.ModuleDict(dict(generator=self.whole.vocoder.unfold(),
+        generator = self.whole.vocoder
+        if cfg.vocoder.kind == "hifigan":
+            generator.unfold()
+        self.module = nn.ModuleDict(dict(generator=generator,
                                          discriminator=Discriminator(cfg.vocoder)))
         self.parameters = {t: list(self.module[t].parameters()) for t in self.turns}
         self.step, self.needs_codes = 0, args.on_flow  # the loop's
-        self.longest = self.shortest = 128 if args.on_flow else 48  # the flow wants context
+        self.longest = self.shortest = 128 if args.on_flow else 96  # most have their context
 
     def collate(self, clips: list[Clip], seed: str) -> dict:
         batch = super().collate(clips, seed)
-        if self.cfg.vocoder.harmonics:
+        if self.cfg.vocoder.kind != "hifigan":
             batch["f0"] = torch.stack([pitch_of(clip) for clip in batch["clips"]])  # (B, T)
         return batch
 

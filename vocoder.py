@@ -1,19 +1,26 @@
 """
 The vocoder: mel frames -> 24 kHz waveform (last half of the paper's Token2wav module).
 
-HiFi-GAN is a stack of transposed convolutions, each followed by the mean of a few residual blocks
-of different width ("multi receptive field fusion"), trained against two families of discriminators:
-one looks at the wave folded by a prime period, the other at the wave at three time scales. Ours has
-a source, too: sines at the multiples of a predicted pitch, and noise, join every stage. A small
-HiFi-GAN cannot keep harmonics in phase from frame to frame by itself, and buzzes.
+Three generators. HiFi-GAN, the paper's, is a stack of transposed convolutions, each followed by the
+mean of a few residual blocks of different width ("multi receptive field fusion"). It must learn to
+keep harmonics in phase from frame to frame, which takes days. HiFT, the released weights', is given
+sines at the multiples of a predicted pitch. Our own weights go one step on: pulses at that pitch
+and noise, whose short spectra a network multiplies by what it reads off the mel, frame by frame. It
+is in tune from the start, learns in minutes on a CPU, and costs a quarter of a small HiFi-GAN.
+
+All are trained as HiFi-GAN is, against two families of discriminators: one looks at the wave folded
+by a prime period, the other at the wave at three time scales.
 
 Legend: B batch, N samples, T mel frames (T = N // hop), M mel bins, C channels, P period.
-Mels are time-major (B, T, M) at the border of this file, waves are (B, N). Inside, all is
-(B, C, 1, time) in channels-last memory: 2-d convolutions of height 1 need no reordering on a CPU
-and run 1.5 times as fast as 1-d ones. Weights keep the 1-d shapes of every published checkpoint.
+Mels are time-major (B, T, M) at the border of this file, waves are (B, N). Inside, HiFi-GAN, HiFT
+and discriminators have (B, C, 1, time) in channels-last memory: 2-d convolutions of height 1 need
+no reordering on a CPU and run 1.5 times as fast as 1-d ones. Weights keep the 1-d shapes of every
+published checkpoint.
 
 References: HiFi-GAN (Kong et al. 2020, arXiv 2010.05646) and its released weights; HiFT-Net (Li et
-al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat speaks with.
+al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat speaks with; short
+spectra of harmonics and noise: Serra and Smith 1990, DDSP (Engel et al. 2020, arXiv 2001.04643),
+Vocos (Siuzdak 2023, arXiv 2306.00814).
 """
 
 import math
@@ -29,27 +36,33 @@ SLOPE = 0.1  # of every LeakyReLU but the last one, which has torch's default 0.
 
 @dataclass
 class VocoderConfig:
-    """The defaults are our mini: HiFi-GAN V2's width at 24 kHz, with a harmonic source and light
-    discriminators."""
+    """The defaults are our mini: a filtered source at 24 kHz, light discriminators."""
 
+    kind: str = "filter"  # of generator: "filter", "hifigan" or "hift"
     sample_rate: int = 24000
     n_fft: int = 1024
     win: int = 1024
-    hop: int = 240  # samples a frame = product of rates
+    hop: int = 240  # samples a frame
     n_mels: int = 80
     fmin: float = 0.0
     fmax: float | None = 8000.0  # of the input mel; None = half the sample rate
+    channels: int = 192  # of HiFi-GAN and HiFT: halved by every upsampling stage
+    layers: int = 6  # of the filter
+    # HiFi-GAN and HiFT
     resblock: str = "1"  # "1": pairs of convolutions, "2": single ones (V3)
-    harmonics: int = 9  # sines of the source; 0: HiFi-GAN as published, without one
-    channels: int = 128  # halved by every upsampling stage
-    rates: tuple[int, ...] = (6, 5, 4, 2)
+    rates: tuple[int, ...] = (6, 5, 4, 2)  # their product: hop; for HiFT a quarter of it
     kernels: tuple[int, ...] = (12, 10, 8, 4)  # twice the rate: every output sees two inputs
     mrf_kernels: tuple[int, ...] = (3, 7, 11)
     mrf_dilations: tuple[tuple[int, ...], ...] = ((1, 3, 5), (1, 3, 5), (1, 3, 5))
+    # discriminators
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
     mpd: tuple[int, ...] = (16, 32, 64, 128, 128)  # channels of the period discriminators
     msd: tuple[tuple[int, ...], ...] = (  # scale discriminators: channels, kernel, stride, groups
         (16, 15, 1, 1), (32, 17, 4, 1), (64, 17, 4, 1), (128, 17, 4, 1), (128, 5, 1, 1))
+
+    def __post_init__(self):
+        if self.kind not in ("filter", "hifigan", "hift"):
+            raise ValueError(f"kind {self.kind!r} of vocoder")
 
 
 def hifigan(version: int, sample_rate: int = 24000) -> VocoderConfig:
@@ -60,7 +73,7 @@ def hifigan(version: int, sample_rate: int = 24000) -> VocoderConfig:
         rates = (8, 8, 4) if hop == 256 else (8, 6, 5)
         size |= dict(resblock="2", mrf_kernels=(3, 5, 7), mrf_dilations=((1, 2), (2, 6), (3, 12)))
     return VocoderConfig(
-        sample_rate, hop=hop, harmonics=0, rates=rates, kernels=tuple(2 * r for r in rates), **size,
+        "hifigan", sample_rate, hop=hop, rates=rates, kernels=tuple(2 * r for r in rates), **size,
         mpd=(32, 128, 512, 1024, 1024),
         msd=((128, 15, 1, 1), (128, 41, 2, 4), (256, 41, 2, 16), (512, 41, 4, 16),
              (1024, 41, 4, 16), (1024, 41, 1, 16), (1024, 5, 1, 1)))
@@ -68,7 +81,7 @@ def hifigan(version: int, sample_rate: int = 24000) -> VocoderConfig:
 
 def hift() -> VocoderConfig:
     """The HiFT of CosyVoice-300M: 22.05 kHz; its inverse STFT makes the last 4 of hop 8 * 8 * 4."""
-    return VocoderConfig(22050, hop=256, channels=512, rates=(8, 8), kernels=(16, 16))
+    return VocoderConfig("hift", 22050, hop=256, channels=512, rates=(8, 8), kernels=(16, 16))
 
 
 # ---- mel -----------------------------------------------------------------------------------------
@@ -179,12 +192,12 @@ def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleLis
 
 # ---- source --------------------------------------------------------------------------------------
 
-VOICED, AMPLITUDE = 10, 0.1  # Hz; of sines
+VOICED = 10  # Hz
 PITCH_REACH = 5  # frames on either side that a pitch depends on
 
 
 class PitchPredictor(nn.Module):
-    """Mel (B, M, 1, T) -> pitch (B, T) in Hz, near 0 where unvoiced."""
+    """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced."""
 
     def __init__(self, n_mels: int, channels: int):
         super().__init__()
@@ -194,27 +207,18 @@ class PitchPredictor(nn.Module):
         self.classifier = nn.Linear(channels, 1)
 
     def forward(self, mel: Tensor) -> Tensor:
-        return self.classifier(self.condnet(mel).squeeze(2).transpose(1, 2)).squeeze(2).abs()
+        x = self.condnet(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
+        return self.classifier(x.squeeze(2).transpose(1, 2)).squeeze(2).abs()
 
 
-def sines(f0: Tensor, cfg: VocoderConfig, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pitch (B, T) in Hz -> its multiples (B, T * hop, harmonics), where it is voiced (B, T * hop,
-    1), and the phases at the end, as `phase` says where they begin (B, 1, harmonics), in cycles.
+def cycles(f0: Tensor, cfg: VocoderConfig, phase: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pitch (B, T) in Hz -> the same of every sample (B, N, 1); at which part of their cycles its
+    multiples are (B, N, H), from `phase` (B, 1, H) on; the last of these. H >= 1.
     In float64 and on the CPU: phases are sums over a whole reply."""
-    f0 = f0.cpu().repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
-    order = torch.arange(1, cfg.harmonics + 1)
-    phase = ((f0.double() / cfg.sample_rate).cumsum(1) * order + phase) % 1  # (B, N, harmonics)
-    return AMPLITUDE * (2 * math.pi * phase.float()).sin(), f0 > VOICED, phase[:, -1:]
-
-
-def source_downs(cfg: VocoderConfig, c_in: int) -> nn.ModuleList:
-    """The source joins each stage at that stage's rate."""
-    downs = nn.ModuleList()
-    for i in range(len(cfg.rates)):
-        c, r = cfg.channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
-        downs.append(Conv1d(c_in, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else
-                     Conv1d(c_in, c, 1))
-    return downs
+    hertz = f0.detach().cpu().repeat_interleave(cfg.hop, 1)[..., None]  # (B, N, 1)
+    order = torch.arange(1, phase.size(-1) + 1)
+    at = ((hertz.double() / cfg.sample_rate).cumsum(1) * order + phase) % 1  # (B, N, H)
+    return hertz, at.float(), at[:, -1:]
 
 
 # ---- generators ----------------------------------------------------------------------------------
@@ -231,16 +235,14 @@ class StreamState:
 
 
 class Vocoder(nn.Module):
-    """What HiFi-GAN and HiFT share: mel -> pitch -> source, and both -> wave; at once or in pieces.
+    """What all generators share: mel -> pitch -> source, and both -> wave; at once or in pieces.
 
     Each says where phases `begin`, what the source is made of (`excite`), its `context`, and how
     mel and source become a wave (`filter`)."""
 
     def pitch(self, mel: Tensor) -> Tensor:
-        """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced; without a source, 0."""
-        if not self.cfg.harmonics:
-            return mel.new_zeros(mel.shape[:2])
-        return self.f0_predictor(mel.transpose(1, 2)[:, :, None])
+        """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced."""
+        return self.f0_predictor(mel)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int = 0) -> Tensor:
         """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
@@ -275,8 +277,77 @@ class Vocoder(nn.Module):
                                  end - keep)
 
 
+class Block(nn.Module):
+    """ConvNeXt's, over time (Liu et al. 2022): mix each channel's neighbours, then the channels."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.near = nn.Conv1d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels)
+        self.up, self.down = nn.Linear(channels, 2 * channels), nn.Linear(2 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, T, C)
+        near = self.near(x.transpose(1, 2)).transpose(1, 2)
+        return x + self.down(F.gelu(self.up(self.norm(near))))
+
+
+class SourceFilter(Vocoder):
+    """Ours: short spectra of pulses and of noise, each times what the mel says -> inverse STFT."""
+
+    def __init__(self, cfg: VocoderConfig):
+        super().__init__()
+        self.cfg, self.size = cfg, 4 * cfg.hop  # samples a short spectrum sees
+        self.conv_pre = nn.Conv1d(cfg.n_mels, cfg.channels, 7, padding=3)
+        self.blocks = nn.ModuleList(Block(cfg.channels) for _ in range(cfg.layers))
+        self.norm = nn.LayerNorm(cfg.channels)
+        self.head = nn.Linear(cfg.channels, 3 * (self.size // 2 + 1))
+        nn.init.normal_(self.head.weight, std=0.01)
+        nn.init.constant_(self.head.bias, -4.0)  # of log amplitudes
+        self.f0_predictor = PitchPredictor(cfg.n_mels, 2 * cfg.channels // 3)
+
+    def begin(self, rows: int, rng: torch.Generator) -> Tensor:
+        return torch.zeros(rows, 1, 1)
+
+    def excite(self, f0: Tensor, phase: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Pitch (B, T) -> source (B, T * hop, 2), phase: where voiced the sum of all harmonics as
+        cosines of amplitude 1, in closed form; noise. Both with short spectra of about 1."""
+        hertz, at, phase = cycles(f0, self.cfg, phase)  # (B, N, 1) each, (B, 1, 1)
+        count = (0.45 * self.cfg.sample_rate / hertz.clamp(min=VOICED)).floor()
+        sine = (math.pi * at).sin()
+        top = sine.abs() < 1e-3  # of a pulse
+        pulses = torch.where(top, count, ((2 * count + 1) * math.pi * at).sin()
+                             / (2 * sine).masked_fill(top, 1) - 0.5)
+        noise = (2 * torch.rand(at.shape, generator=rng) - 1) * (2 / self.cfg.hop) ** 0.5
+        return torch.cat([pulses * (hertz > VOICED) / self.cfg.hop, noise], 2).to(f0), phase
+
+    def filter(self, mel: Tensor, source: Tensor) -> Tensor:
+        """Mel (B, T, M), source (B, T * hop, 2) -> wave (B, T * hop) in [-1, 1]."""
+        x = self.conv_pre(mel.transpose(1, 2)).transpose(1, 2)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        x = self.head(self.norm(x)).float().transpose(1, 2)  # (B, 3 * bins, T)
+        tone, turn, hiss = x.unflatten(1, (3, -1)).unbind(1)  # (B, bins, T) each
+        window = torch.hann_window(self.size, device=mel.device)
+        hop, edge = self.cfg.hop, (self.size - self.cfg.hop) // 2
+        source = F.pad(source.transpose(1, 2), (edge, edge)).flatten(0, 1)  # (B * 2, N + 2 edge)
+        spec = torch.stft(source, self.size, hop, window=window, center=False,
+                          return_complex=True).unflatten(0, (-1, 2))  # (B, 2, bins, T)
+        spec = torch.polar(tone.clamp(max=7).exp(), math.pi * turn) * spec[:, 0] \
+            + hiss.clamp(max=7).exp() * spec[:, 1]
+        frames = torch.fft.irfft(spec, self.size, dim=1) * window[:, None]  # (B, size, T)
+        shape = dict(output_size=(1, source.size(1)), kernel_size=(1, self.size), stride=(1, hop))
+        seen = window.square()[:, None].expand(frames.shape[1:])[None]
+        wave = F.fold(frames, **shape) / F.fold(seen, **shape).clamp(min=1e-3)
+        return wave.flatten(1)[:, edge:-edge].clamp(-1, 1)
+
+    def context(self) -> tuple[int, int]:
+        reach = 3 * (1 + len(self.blocks)) + 2  # the last: half a short spectrum
+        return reach, reach + PITCH_REACH
+
+
 class Generator(Vocoder):
-    """HiFi-GAN. Born with plain weights: to train, `unfold()` it before making the optimiser."""
+    """HiFi-GAN, which has no source. Born with plain weights: to train, `unfold()` it before making
+    the optimiser."""
 
     # The original draws N(0, 0.01) weights, but onto the product of weight norm, where the draw is
     # lost at the first forward: its published models began with torch's default, and so do ours.
@@ -288,27 +359,21 @@ class Generator(Vocoder):
         self.cfg = cfg
         self.conv_pre, self.ups, self.resblocks = trunk(cfg)
         self.conv_post = Conv1d(cfg.channels >> len(cfg.rates), 1, 7)
-        if cfg.harmonics:
-            self.f0_predictor = PitchPredictor(cfg.n_mels, cfg.channels)
-            self.source_downs = source_downs(cfg, cfg.harmonics + 1)
+
+    def pitch(self, mel: Tensor) -> Tensor:
+        return mel[..., 0]  # nobody asks
 
     def begin(self, rows: int, rng: torch.Generator) -> Tensor:
-        return torch.zeros(rows, 1, self.cfg.harmonics)
+        return torch.zeros(rows, 1, 0)
 
     def excite(self, f0: Tensor, phase: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pitch (B, T) -> source (B, T * hop, harmonics + 1), phase: sines where voiced, noise."""
-        tones, voiced, phase = sines(f0, self.cfg, phase)
-        noise = 2 * torch.rand(*tones.shape[:2], 1, generator=rng) - 1
-        return torch.cat([tones * voiced, AMPLITUDE * noise], 2).to(f0), phase
+        return f0.new_zeros(len(f0), f0.size(1) * self.cfg.hop, 0), phase
 
     def filter(self, mel: Tensor, source: Tensor) -> Tensor:
-        """Mel (B, T, M), source (B, T * hop, harmonics + 1) -> wave (B, T * hop)."""
-        x = self.conv_pre(mel.transpose(1, 2)[:, :, None])  # (B, C, 1, T)
-        source, n = source.transpose(1, 2)[:, :, None], len(self.cfg.mrf_kernels)
+        """Mel (B, T, M) -> wave (B, T * hop)."""
+        x, n = self.conv_pre(mel.transpose(1, 2)[:, :, None]), len(self.cfg.mrf_kernels)
         for i, up in enumerate(self.ups):
             x = up(F.leaky_relu(x, SLOPE))  # (B, C / 2, 1, time * rate)
-            if self.cfg.harmonics:
-                x = x + self.source_downs[i](source)
             x = sum(block(x) for block in self.resblocks[i * n : i * n + n]) / n
         return self.conv_post(F.leaky_relu(x)).tanh().flatten(1)  # (B, N)
 
@@ -330,13 +395,13 @@ class Generator(Vocoder):
             cut = (kernel - rate + 1) // 2
             left = (left + block + kernel - 1 - cut) // rate
             right = (right + block + rate - 1 + cut) // rate
-        return left + 3, right + 3 + PITCH_REACH  # conv_pre
+        return left + 3, right + 3 + PITCH_REACH  # conv_pre; no pitch, but `stream` waits for one
 
 
-# ---- HiFT: the generator of the released weights (inference only) ----------------------------
+# ---- HiFT: the generator of the released weights (inference only) --------------------------------
 
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
-NOISE = 0.003
+HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003  # of the source
 REACH = 20  # frames on either side that a sample depends on
 
 
@@ -352,8 +417,12 @@ class HiFT(Vocoder):
         self.cfg, channels, bins = cfg, cfg.channels, N_FFT + 2  # real and imaginary
         self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
         self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
-        self.m_source = nn.ModuleDict({"l_linear": nn.Linear(cfg.harmonics, 1)})
-        self.source_downs = source_downs(cfg, bins)
+        self.m_source = nn.ModuleDict({"l_linear": nn.Linear(HARMONICS, 1)})
+        self.source_downs = nn.ModuleList()  # the source joins each stage at that stage's rate
+        for i in range(len(cfg.rates)):
+            c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
+            self.source_downs.append(Conv1d(bins, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else
+                                     Conv1d(bins, c, 1))
         widths = [channels >> (i + 1) for i in range(len(cfg.rates))]
         self.source_resblocks = nn.ModuleList(
             ResBlock(c, kernel, (1, 3, 5), snake=True)
@@ -365,13 +434,13 @@ class HiFT(Vocoder):
 
     def begin(self, rows: int, rng: torch.Generator) -> Tensor:
         """All but the fundamental begin anywhere."""
-        return F.pad(torch.rand(rows, 1, self.cfg.harmonics - 1, generator=rng), (1, 0))
+        return F.pad(torch.rand(rows, 1, HARMONICS - 1, generator=rng), (1, 0))
 
     def excite(self, f0: Tensor, phase: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Pitch (B, T) -> source (B, T * hop, 1), phase: sines and a little noise, or noise alone."""
-        tones, voiced, phase = sines(f0, self.cfg, phase)
-        noise = torch.randn(tones.shape, generator=rng)
-        source = torch.where(voiced, tones + NOISE * noise, AMPLITUDE / 3 * noise).to(f0)
+        """Pitch (B, T) -> source (B, T * hop, 1), phase: sines with a little noise, or noise."""
+        hertz, at, phase = cycles(f0, self.cfg, phase)
+        tones, noise = AMPLITUDE * (2 * math.pi * at).sin(), torch.randn(at.shape, generator=rng)
+        source = torch.where(hertz > VOICED, tones + NOISE * noise, AMPLITUDE / 3 * noise).to(f0)
         return self.m_source["l_linear"](source).tanh(), phase
 
     def filter(self, mel: Tensor, source: Tensor) -> Tensor:
@@ -390,6 +459,9 @@ class HiFT(Vocoder):
         log_magnitude, phase = self.conv_post(F.leaky_relu(x)).squeeze(2).chunk(2, 1)  # (B, 9, ...)
         spec = torch.polar(log_magnitude.exp().clamp(max=100), phase.sin())
         return torch.istft(spec, N_FFT, STEP, window=window).clamp(-0.99, 0.99)
+
+
+VOCODERS = {"filter": SourceFilter, "hifigan": Generator, "hift": HiFT}
 
 
 # ---- discriminators ------------------------------------------------------------------------------

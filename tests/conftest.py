@@ -38,7 +38,7 @@ def tiny_config(**changes) -> echat.Config:
         s3=TokenizerConfig(80, 16, 2, 1, codes=CODES, tail_layers=1),
         flow=FlowConfig(codes=CODES, spk_dim=8, dim=16, enc_layers=1, enc_heads=2, enc_ffn=24,
                         channels=(16,), mid=1, heads=2, head_dim=8, time_dim=16),
-        vocoder=VocoderConfig(channels=16, mrf_kernels=(3,), mrf_dilations=((1,),), periods=(2,),
+        vocoder=VocoderConfig(channels=16, layers=1, periods=(2,),
                               mpd=(4, 4), msd=((4, 5, 1, 1), (4, 5, 4, 1)))), **changes})
 
 

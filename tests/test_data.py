@@ -949,6 +949,14 @@ def an_item(**labels):
             "age": None, "pitch": 1.0, "formant": 1.0}}
 
 
+@pytest.mark.parametrize("hertz", [187.7, 223.4, 301.9])
+def test_pitch_is_exact_between_samples(hertz):
+    """Whole periods of 16 kHz samples would be 1.5 Hz off at 220 Hz: harmonics would not fit."""
+    turned = 2 * np.pi * hertz * np.arange(16000) / 16000
+    f0 = data.track_f0(np.sin(turned) + 0.5 * np.sin(2 * turned))
+    assert np.abs(f0[5:-5] - hertz).max() < 0.05
+
+
 def test_recipes_can_be_measured(buzz):
     """Pitch, rate and level of a voice follow age, gender and emotion."""
     def spoken(**labels):

@@ -159,7 +159,7 @@ def test_the_wave_of_windows_has_no_clicks():
     its neighbourhood; the first audio comes after 18 codes."""
     cfg = paper()
     cfg.flow = FULL
-    cfg.vocoder = VocoderConfig(22050, hop=256, channels=8, rates=(8, 8), kernels=(16, 16))
+    cfg.vocoder = VocoderConfig("hift", 22050, hop=256, channels=8, rates=(8, 8), kernels=(16, 16))
     codes, spk, prompt, mel = inputs(FULL, 130, 9)
     voice = Token2Wav(cfg, {"spk": spk, "prompt_codes": prompt, "prompt_mel": mel}).eval()
     voice.flow, said = build(FULL), codes[0].tolist()

@@ -73,7 +73,7 @@ def test_the_released_token2wav_needs_a_voice_keeps_its_rate_and_streams(
     flow = tiny_config().flow
     flow.causal, flow.chunk, flow.frames_per_code = False, 0, 22050 / 256 / 25
     flow.left_chunks = flow.look_ahead = 0
-    hift = VocoderConfig(22050, hop=256, channels=16, rates=(8, 8), kernels=(16, 16))
+    hift = VocoderConfig("hift", 22050, hop=256, channels=16, rates=(8, 8), kernels=(16, 16))
     monkeypatch.setattr(echat.FlowConfig, "cosyvoice1", classmethod(lambda cls: flow))
     monkeypatch.setattr(echat, "hift", lambda: hift)
     monkeypatch.setattr(echat, "load_cosyvoice1", lambda state: state)

@@ -19,10 +19,11 @@ import torch
 from conftest import CODES, copy_of, some_codes, tiny_config, write_list
 
 import train
-from model import (AUDIO, NATURAL, UNKNOWN, label_think, prompt, read_weights, save_weights,
-                   think_length, user_prompt)
+from model import (AUDIO, NATURAL, UNKNOWN, Token2Wav, label_think, load_token2wav, prompt,
+                   read_weights, save_config, save_weights, think_length, user_prompt)
 from train import (NEVER, PARTS, STAGES, Clip, Dialogue, Sample, Stage, interleave, learning_rate,
                    orthogonal, pitch_of, said_at, sequence, tagless)
+from vocoder import VocoderConfig
 
 V = 303
 SPEECH = V + CODES  # opens and closes speech
@@ -467,6 +468,22 @@ def test_the_source_sings_at_the_pitch_of_the_wave(tmp_path):
     assert f0.shape == (48,) and (np.abs(f0 - want)[:40] < 0.04 * want[:40]).all()
     assert not pitch_of(Clip(str(tmp_path / "rise.wav"), 0.8, 15)).any()
     assert pitch_of(Clip(str(tmp_path / "rise.wav"), 0.0, 4)).shape == (4,)
+
+
+def test_hifigan_trains_too(run, spoken, checkpoint, tmp_path):
+    """Without a source; weight norm stays in the run, the checkpoint has plain weights."""
+    folder = copy_of(checkpoint, tmp_path / "hifigan")
+    cfg = tiny_config(vocoder=VocoderConfig(
+        "hifigan", channels=16, mrf_kernels=(3,), mrf_dilations=((1,),), periods=(2,), mpd=(4, 4),
+        msd=((4, 5, 1, 1), (4, 5, 4, 1))))
+    save_config(str(folder), cfg)
+    save_weights(str(folder / "token2wav.safetensors"), Token2Wav(cfg, {}))
+    trainer = run("vocoder", [spoken[0]], init=folder, steps=4, mel_only=2, batch_tokens=256)
+    assert {"mel", "d", "g", "fm"} <= set(log(trainer)[-1]) and "f0" not in log(trainer)[-1]
+    voice = load_token2wav(trainer.args.out)
+    made = trainer.trainee.module["generator"].eval()
+    mel = torch.randn(1, 5, 80)
+    torch.testing.assert_close(voice.vocoder(mel), made(mel), atol=1e-5, rtol=0)
 
 
 def test_vocoder_on_the_flows_own_mels(run, spoken, checkpoint):

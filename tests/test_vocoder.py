@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from vocoder import (HiFT, Discriminator, Generator, VocoderConfig, discriminator_loss,
-                     feature_loss, fold_weights, generator_loss, hifigan, hift, load_hifigan,
-                     load_hift, mel_loss, mel_spectrogram, stft_loss)
+from vocoder import (VOCODERS, HiFT, Discriminator, Generator, SourceFilter, VocoderConfig,
+                     discriminator_loss, feature_loss, fold_weights, generator_loss, hifigan, hift,
+                     load_hifigan, load_hift, mel_loss, mel_spectrogram, stft_loss)
 
-SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8, harmonics=0)
+SMALL = dict(n_fft=64, win=64, n_mels=8, channels=8, kind="hifigan")
 TINY = VocoderConfig(**SMALL, hop=30, rates=(5, 3, 2), kernels=(10, 6, 4))
 SINGLE = VocoderConfig(**SMALL, hop=20, rates=(5, 4), kernels=(11, 9), resblock="2",
                        mrf_kernels=(3, 5), mrf_dilations=((1, 2), (2, 6)))
-SOURCE = replace(TINY, harmonics=3)
-HIFT = VocoderConfig(22050, hop=256, n_mels=8, channels=8, rates=(8, 8), kernels=(16, 16))
+SOURCE = VocoderConfig(**SMALL | {"kind": "filter"}, hop=30, layers=2)
+HIFT = VocoderConfig("hift", 22050, hop=256, n_mels=8, channels=8, rates=(8, 8), kernels=(16, 16))
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +35,8 @@ def descend(module, loss, rate):
     loss.backward()
     with torch.no_grad():
         for p in module.parameters():
-            p -= rate * p.grad.sign()
+            if p.grad is not None:
+                p -= rate * p.grad.sign()
             p.grad = None
     return loss.item()
 
@@ -112,23 +113,23 @@ def test_silence_is_the_floor():
 # generator
 
 
-@pytest.mark.parametrize("cfg", [TINY, SINGLE, SOURCE, VocoderConfig(), hifigan(3),
+@pytest.mark.parametrize("cfg", [TINY, SINGLE, SOURCE, VocoderConfig(), HIFT, hifigan(3),
                                  hifigan(2, 22050)])
 @pytest.mark.parametrize("frames", [1, 4])
 def test_length_is_exact(cfg, frames):
-    wave = Generator(cfg)(torch.randn(2, frames, cfg.n_mels))
+    wave = VOCODERS[cfg.kind](cfg)(torch.randn(2, frames, cfg.n_mels))
     assert wave.shape == (2, frames * cfg.hop) and wave.abs().max() < 1
 
 
 def test_rates_must_make_the_hop():
     with pytest.raises(ValueError, match="hop 240"):
-        Generator(VocoderConfig(rates=(8, 8, 4)))
+        Generator(VocoderConfig("hifigan", rates=(8, 8, 4)))
 
 
 @pytest.mark.parametrize("cfg", [TINY, SINGLE, SOURCE])
 @pytest.mark.parametrize("cuts", [(), (0, 1), (7, 30, 31), tuple(range(1, 60)), (59,)])
 def test_stream_joins_to_the_offline_wave(cfg, cuts):
-    model = Generator(cfg).eval()
+    model = VOCODERS[cfg.kind](cfg).eval()
     for p in model.parameters():  # loud enough for a wrong seam to show
         torch.nn.init.normal_(p, std=0.2)
     mel = torch.randn(1, 60, cfg.n_mels)
@@ -142,42 +143,58 @@ def test_stream_joins_to_the_offline_wave(cfg, cuts):
     assert torch.allclose(torch.cat(pieces, 1), offline, atol=1e-4)
 
 
-def sung(cfg, hertz):
-    """A generator whose pitch moves around hertz (silent sines below 10)."""
-    model = Generator(cfg).eval()
+def sung(hertz):
+    """A filter that is wide open, and whose pitch moves around hertz (silent below 10)."""
+    model = SourceFilter(SOURCE).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    torch.nn.init.normal_(model.f0_predictor.classifier.weight, std=5.0)
+    torch.nn.init.constant_(model.head.bias, -1.0)
+    torch.nn.init.normal_(model.f0_predictor.classifier.weight, std=15.0)
     torch.nn.init.constant_(model.f0_predictor.classifier.bias, hertz)
     return model
 
 
 def test_a_streamed_source_keeps_its_phase_and_its_noise():
     """Five frames to each side decide the pitch, all frames before it the phase."""
-    model, mel, state, pieces = sung(SOURCE, 200.0), torch.randn(1, 400, 8), None, []
+    model, mel, state, pieces = sung(200.0), torch.randn(1, 400, 8), None, []
     for start in range(0, 400, 7):
         wave, state = model.stream(mel[:, start:start + 7], state, final=start + 7 >= 400)
         pieces.append(wave)
         assert state.mel.size(1) <= sum(model.context()) + 7
-    f0 = model.pitch(mel)
+    f0, wave = model.pitch(mel), model(mel)
     turned = f0.double().sum() * SOURCE.hop / SOURCE.sample_rate
     assert f0.std() > 1 and abs((state.phase[0, 0, 0] - turned + 0.5) % 1 - 0.5) < 1e-4
-    torch.testing.assert_close(torch.cat(pieces, 1), model(mel), atol=1e-4, rtol=0)
+    assert 0.01 < wave.std() and wave.abs().max() <= 1
+    torch.testing.assert_close(torch.cat(pieces, 1), wave, atol=1e-4, rtol=0)
     moved = model(mel[:, 100:])[:, 600:]  # without what was before it is another wave
-    assert not torch.allclose(moved, model(mel)[:, 3600:], atol=1e-2)
+    assert not torch.allclose(moved, wave[:, 3600:], atol=1e-2)
 
 
-def test_the_source_sings_where_it_is_voiced():
-    cfg = replace(VocoderConfig(), harmonics=3)
-    f0, begin = torch.tensor([[240.0] * 50 + [0.0] * 50]), torch.tensor([[[0.25, 0.5, 0.75]]])
+def test_the_source_is_all_harmonics_where_it_is_voiced():
+    """240 Hz has 45 of them below 0.45 of the sample rate; they are as strong, and in step."""
+    f0, begin = torch.tensor([[240.0] * 50 + [0.0] * 50]), torch.tensor([[[0.25]]])
     rng = torch.Generator().manual_seed(0)
-    source, phase = Generator(cfg).excite(f0, begin, rng)  # (1, N, 4)
-    source, at = source[0].T, torch.arange(1, 12001) / 24000
-    for n in (1, 2, 3):
-        want = 0.1 * (2 * torch.pi * n * (240 * at + 0.25)).sin()
-        torch.testing.assert_close(source[n - 1, :12000], want, atol=1e-4, rtol=0)
-    assert not source[:3, 12000:].any() and torch.allclose(phase, begin.double())  # 120 turns
-    assert source[3].abs().max() <= 0.1 and abs(source[3].std() - 0.1 * 3 ** -0.5) < 1e-3
+    source, phase = SourceFilter(VocoderConfig()).excite(f0, begin, rng)  # (1, N, 2)
+    at = torch.arange(1, 12001, dtype=torch.float64) / 24000
+    want = sum((2 * torch.pi * n * (240 * at + 0.25)).cos() for n in range(1, 46)) / 240
+    torch.testing.assert_close(source[0, :12000, 0].double(), want, atol=1e-4, rtol=0)
+    assert not source[0, 12000:, 0].any() and torch.allclose(phase, begin.double())  # 120 turns
+    assert abs(source[0, :, 1].square().sum() / 24000 * 360 - 1) < 0.05  # its spectra are near 1
+    assert not torch.equal(source[0, :960, 1], source[0, 960:1920, 1])
+
+
+def test_the_filter_shapes_tones_and_noise():
+    """With an open tone branch the wave is the pulses, delayed by nothing; shut, noise alone."""
+    model, mel = SourceFilter(VocoderConfig(layers=1)).eval(), torch.zeros(1, 40, 80)
+    torch.nn.init.zeros_(model.head.weight)
+    tone, turn, hiss = model.head.bias.data.view(3, -1)
+    for up, down in ((tone, hiss), (hiss, tone)):
+        up[:], turn[:], down[:] = 0.0, 0.0, -30.0
+        rng, f0 = torch.Generator().manual_seed(0), torch.full((1, 40), 150.0)
+        source, _ = model.excite(f0, model.begin(1, rng), rng)
+        wave = model(mel, f0, seed=0)
+        want = source[..., 0 if up is tone else 1]
+        torch.testing.assert_close(wave[:, 480:-480], want[:, 480:-480], atol=1e-4, rtol=0)
 
 
 def test_stream_emits_as_soon_as_the_right_context_is_there():
@@ -355,7 +372,7 @@ def test_hift_is_cosyvoices():
 @pytest.mark.parametrize("kind, dilations", [("1", ((1, 3, 5),) * 2), ("2", ((1, 2), (2, 6)))])
 def test_hifigan_is_the_original(kind, dilations):
     held = golden("hifigan")
-    model = Generator(VocoderConfig(hop=8, harmonics=0, channels=8, rates=(4, 2), kernels=(8, 4),
+    model = Generator(VocoderConfig("hifigan", hop=8, channels=8, rates=(4, 2), kernels=(8, 4),
                                     resblock=kind, mrf_kernels=(3, 5), mrf_dilations=dilations))
     model.load_state_dict(fold_weights({k[2:]: w for k, w in held.items()
                                         if k.startswith(kind)}))
@@ -397,12 +414,14 @@ def test_losses_know_the_perfect_score():
         torch.tensor(0.1 - np.log(0.9)).float(), atol=1e-3)
 
 
-def test_mel_loss_shrinks_on_one_batch():
-    model = Generator(TINY).unfold()
+@pytest.mark.parametrize("make, rate", [(lambda: Generator(TINY).unfold(), 2e-3),
+                                        (lambda: SourceFilter(SOURCE), 2e-2)])
+def test_mel_loss_shrinks_on_one_batch(make, rate):
+    model = make()
     t = torch.arange(900) / 24000
     wave = 0.5 * torch.sin(2 * torch.pi * torch.tensor([[300.0], [700.0]]) * t)  # (2, N)
     mel = mel_spectrogram(wave, TINY)
-    losses = [descend(model, mel_loss(wave, model(mel), TINY), 2e-3) for _ in range(25)]
+    losses = [descend(model, mel_loss(wave, model(mel), TINY), rate) for _ in range(25)]
     assert losses[-1] < 0.7 * losses[0]
 
 
