@@ -3,13 +3,14 @@ The vocoder: mel frames -> 24 kHz waveform (last half of the paper's Token2wav m
 
 Three generators. HiFi-GAN, the paper's, is a stack of transposed convolutions, each followed by the
 mean of a few residual blocks of different width ("multi receptive field fusion"). It must learn to
-keep harmonics in phase from frame to frame, which takes days. HiFT, the released weights', is given
-sines at the multiples of a predicted pitch. Our own weights go one step on: pulses at that pitch
-and noise, whose short spectra a network multiplies by what it reads off the mel, frame by frame. It
-is in tune from the start, learns in minutes on a CPU, and costs a quarter of a small HiFi-GAN.
+keep harmonics in phase from frame to frame, for which its authors took 2.5 million steps. HiFT, the
+released weights', is given sines at the multiples of a predicted pitch. Our own weights' goes one
+step on: pulses at that pitch, and noise, whose short spectra a network multiplies by what it reads
+off the mel, frame by frame. It is in tune from the start, learns in minutes on a CPU, and does an
+eighth of the multiplications of HiFi-GAN V2.
 
-All are trained as HiFi-GAN is, against two families of discriminators: one looks at the wave folded
-by a prime period, the other at the wave at three time scales.
+Losses on spectra are enough for it. All can be trained as HiFi-GAN is, against two families of
+discriminators: one looks at the wave folded by a prime period, the other at three time scales.
 
 Legend: B batch, N samples, T mel frames (T = N // hop), M mel bins, C channels, P period.
 Mels are time-major (B, T, M) at the border of this file, waves are (B, N). Inside, HiFi-GAN, HiFT
