@@ -21,7 +21,7 @@ published checkpoint.
 References: HiFi-GAN (Kong et al. 2020, arXiv 2010.05646) and its released weights; HiFT-Net (Li et
 al. 2023, arXiv 2309.09493) as in CosyVoice, whose released weights OSUM-EChat speaks with; short
 spectra of harmonics and noise: Serra and Smith 1990, DDSP (Engel et al. 2020, arXiv 2001.04643),
-Vocos (Siuzdak 2023, arXiv 2306.00814).
+Vocos (Siuzdak 2023, arXiv 2306.00814), and hibari, whose voice our weights learnt.
 """
 
 import math
