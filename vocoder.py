@@ -241,6 +241,8 @@ class Vocoder(nn.Module):
     Each says where phases `begin`, what the source is made of (`excite`), its `context`, and how
     mel and source become a wave (`filter`)."""
 
+    pitch_reach = PITCH_REACH
+
     def pitch(self, mel: Tensor) -> Tensor:
         """Mel (B, T, M) -> pitch (B, T) in Hz, near 0 where unvoiced."""
         return self.f0_predictor(mel)
@@ -269,7 +271,8 @@ class Vocoder(nn.Module):
         end = frames.size(1) if final else frames.size(1) - right
         if end <= done:
             return mel.new_zeros(len(mel), 0), replace(state, mel=frames)
-        known, sure = state.source.size(1) // hop, frames.size(1) - (0 if final else PITCH_REACH)
+        known = state.source.size(1) // hop
+        sure = frames.size(1) - (0 if final else self.pitch_reach)
         rng.set_state(state.rng)
         new, phase = self.excite(self.pitch(frames)[:, known:sure], state.phase, rng)
         source, keep = torch.cat([state.source, new], 1), max(0, end - left)
@@ -353,6 +356,8 @@ class Generator(Vocoder):
     # The original draws N(0, 0.01) weights, but onto the product of weight norm, where the draw is
     # lost at the first forward: its published models began with torch's default, and so do ours.
 
+    pitch_reach = 0
+
     def __init__(self, cfg: VocoderConfig):
         super().__init__()
         if math.prod(cfg.rates) != cfg.hop:
@@ -396,7 +401,7 @@ class Generator(Vocoder):
             cut = (kernel - rate + 1) // 2
             left = (left + block + kernel - 1 - cut) // rate
             right = (right + block + rate - 1 + cut) // rate
-        return left + 3, right + 3 + PITCH_REACH  # conv_pre; no pitch, but `stream` waits for one
+        return left + 3, right + 3  # conv_pre
 
 
 # ---- HiFT: the generator of the released weights (inference only) --------------------------------
