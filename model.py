@@ -16,7 +16,6 @@ Tensor legend: B batch, T mel frames (100 Hz), S adapter frames, L sequence, D w
 """
 import argparse
 import json
-import math
 import os
 import re
 import shutil

@@ -24,7 +24,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -652,8 +651,8 @@ class FlowStage(Voice):
 
 
 class VocoderStage(Voice):
-    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). With a source
-    also 10 x multi-resolution STFT and what teaches the pitch; the source sings at the true one."""
+    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). A source
+    brings 10 x multi-resolution STFT and what teaches the pitch; it sings at the true one."""
 
     turns = ("discriminator", "generator")
 

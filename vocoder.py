@@ -62,7 +62,7 @@ class VocoderConfig:
         (16, 15, 1, 1), (32, 17, 4, 1), (64, 17, 4, 1), (128, 17, 4, 1), (128, 5, 1, 1))
 
     def __post_init__(self):
-        if self.kind not in ("filter", "hifigan", "hift"):
+        if self.kind not in VOCODERS:
             raise ValueError(f"kind {self.kind!r} of vocoder")
 
 
@@ -367,7 +367,7 @@ class Generator(Vocoder):
         self.conv_post = Conv1d(cfg.channels >> len(cfg.rates), 1, 7)
 
     def pitch(self, mel: Tensor) -> Tensor:
-        return mel[..., 0]  # nobody asks
+        return mel[..., 0]  # of no use: only its shape (B, T) counts
 
     def begin(self, rows: int, rng: torch.Generator) -> Tensor:
         return torch.zeros(rows, 1, 0)

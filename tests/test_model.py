@@ -396,6 +396,9 @@ def speaking(voice):
     torch.nn.init.normal_(voice.flow.estimator.final.weight, std=0.2)
     for p in voice.vocoder.parameters():
         torch.nn.init.normal_(p, std=0.2)
+    hears = voice.vocoder.conv_pre.weight.data
+    hears -= hears.mean((1, 2), keepdim=True)  # not how loud a mel is: its shape
+    torch.nn.init.normal_(voice.vocoder.head.weight, std=0.5)
     return voice
 
 
@@ -465,7 +468,7 @@ def test_two_voices_say_the_same_codes_differently(checkpoint, tmp_path):
         waves.append(voice.stream(codes, voice.start(), final=True)[0])
     assert torch.equal(waves[0], voice.stream(codes, voice.start(voice=own), final=True)[0])
     far = [(waves[a] - waves[b]).abs().mean() / waves[0].std() for a, b in ((0, 1), (0, 2), (1, 2))]
-    assert min(far) > 1e-3  # the same voice: 0
+    assert min(far) > 0.01
 
 
 # ---- checkpoints -------------------------------------------------------------------------------

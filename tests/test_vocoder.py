@@ -1,6 +1,5 @@
 """The vocoder: mel against numpy, lengths, streaming, weight norm, published shapes, learning."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
