@@ -1416,10 +1416,11 @@ def whole_lines(f) -> int:
 def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
     """That of a checkpoint folder, or S3 v1 of a .pt as S3Tokenizer names its weights, or of the
     released .onnx."""
+    from decoder import pack
     from encoder import read_onnx, released_s3
     from model import expecting, load_s3, read_weights
     if not args.s3:
-        return load_s3(args.model, device)
+        return pack(load_s3(args.model, device))
     with expecting("S3 v1", args.s3):
         return released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
                              else (read_weights(args.s3), args.rate))).to(device)
@@ -1616,8 +1617,9 @@ def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, flo
 def pseudo_label(args: argparse.Namespace) -> None:
     """Stage 1's full-label step: a list in which what a label lacks is what the model hears, or
     `<&&>` if it is less sure than --threshold; extra.confidence tells how sure. Says counts."""
+    from decoder import pack
     from model import UNKNOWN, load_echat
-    model, tok = load_echat(args.model, args.device), Tokenizer(args.model)
+    model, tok = pack(load_echat(args.model, args.device)), Tokenizer(args.model)
 
     def complete(record: dict) -> list[str]:
         task, extra, labels = record["task"], record["extra"], known_labels(record)
@@ -1644,8 +1646,9 @@ def answer(args: argparse.Namespace) -> None:
     """Stage 3's self-distillation: a list of dialogues with the replies, text and codes, that a
     model gives after a think, which is kept in extra.own_think: they are trained without. Says
     counts."""
+    from decoder import pack
     from model import THINK_END, load_echat
-    model, tok = load_echat(args.model, args.device), Tokenizer(args.model)
+    model, tok = pack(load_echat(args.model, args.device)), Tokenizer(args.model)
     n_mels, close = model.cfg.encoder.n_mels, model.cfg.decoder.codes
 
     def question(record: dict) -> tuple | str:

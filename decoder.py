@@ -99,6 +99,35 @@ class Int8(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Packed(nn.Linear):
+    """A trained linear layer on a CPU, its weights in the order in which oneDNN reads them."""
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def _save_to_state_dict(self, state, prefix, keep_vars):  # as everyone's files have it
+        super()._save_to_state_dict(state, prefix, keep_vars)
+        state[prefix + "weight"] = state[prefix + "weight"].to_dense()
+
+
+def pack(module: nn.Module) -> nn.Module:
+    """Make the linear layers of `module` that lie on a CPU Packed, if oneDNN is there: to generate
+    with, no longer to train. By two threads a token of Qwen2.5-0.5B takes three quarters of the
+    time, in bf16 half. A tied text table stays, as the embedding, beside its packed copy."""
+    if not torch.backends.mkldnn.is_available():
+        return module
+    dtypes = [torch.float32] + [torch.bfloat16] * torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    fits = lambda weight: weight.is_cpu and weight.dtype in dtypes
+    for layer in module.modules():  # a parent before its children
+        if isinstance(layer, Decoder) and not layer.lm_head and fits(layer.embed_tokens.weight):
+            layer.lm_head = nn.Linear(1, 1, bias=False)
+            layer.lm_head.weight = layer.embed_tokens.weight
+        if type(layer) is nn.Linear and fits(layer.weight):
+            weight = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+            layer.weight, layer.__class__ = nn.Parameter(weight, requires_grad=False), Packed
+    return module
+
+
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
         super().__init__()
@@ -250,13 +279,6 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.length += T
         return self.norm(x)
-
-    def by_columns(self) -> None:
-        """Lay float32 matrices on a CPU out column by column, shapes as before: MKL multiplies one
-        row with them 1.4 times as fast, and decoding is little else."""
-        for p in self.parameters():
-            if p.dim() == 2 and p.dtype == torch.float32 and p.device.type == "cpu":
-                p.data = p.data.t().contiguous().t()
 
     @torch.no_grad()
     def to_int8(self) -> None:

@@ -15,7 +15,6 @@ Tensor legend: B batch, T mel frames, M mel bins, N samples.
 import argparse
 import base64
 import contextlib
-import copy
 import csv
 import hashlib
 import io
@@ -50,7 +49,7 @@ import model as echat
 from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, earlier, json_lines,
                   messages, place, read_jsonl, read_wave, records, replacing, run_items, sections,
                   spellings, spoken_wave, write_lines, write_wave)
-from decoder import KVCache
+from decoder import Decoder, KVCache, pack
 from encoder import load_whisper, log_mel
 from flow import Flow, FlowConfig, load_cosyvoice1
 from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, pick_device
@@ -896,7 +895,8 @@ def cosyvoice(net, wave: Tensor, ids: Tensor, n: int, folder: str) -> tuple[dict
 def fp32(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     """The same decoder in full precision, where ours has 8 bits; at how many places of the prompt
     both have the same first choice for what comes next."""
-    peer, net = net.decoder, copy.deepcopy(net.decoder)
+    peer, net = net.decoder, Decoder(net.cfg.decoder)
+    net.load_state_dict(peer.state_dict(), strict=False)  # without the packed copy of its table
     net.to_int8()
     first = [d.logits(d(d.embed(ids))).argmax(-1) for d in (peer, net)]  # (1, L) each
     return {"agree": float((first[0] == first[1]).float().mean())}, writing(
@@ -947,7 +947,9 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
-        (net.decoder.to_int8 if args.int8 else net.decoder.by_columns)()
+        if args.int8:
+            net.decoder.to_int8()
+        pack(net), pack(voice)
     else:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice = bot.model, bot.voice

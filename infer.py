@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import model as echat
 from data import BadInput, Tokenizer, read_wave, write_wave
+from decoder import pack
 from encoder import log_mel
 from model import BadCheckpoint
 
@@ -56,10 +57,14 @@ class Chatbot:
             if released and not token2wav:
                 raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
                                     "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
-            self.voice = echat.load_token2wav(token2wav or args.model, args.voice, self.device)
+            self.voice = pack(
+                echat.load_token2wav(token2wav or args.model, args.voice, self.device))
             # The prompt of the voice is heard once.
             self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
-        self.model = echat.load_echat(args.model, self.device, int8=args.int8)
+        self.model = echat.load_echat(args.model, self.device)
+        if args.int8:
+            self.model.decoder.to_int8()
+        pack(self.model)
         cfg = self.model.cfg
         given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
         given = {k: v for k, v in given.items() if v is not None}

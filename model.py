@@ -560,20 +560,16 @@ def restored(make, path: str, device, dtype: torch.dtype | None = None, read=rea
     return model.eval()
 
 
-def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None,
-               int8: bool = False) -> EChat:
+def load_echat(path: str, device="cpu", dtype: torch.dtype | None = None) -> EChat:
     """The model of a checkpoint folder, or of a released file (see `osum_file`), in eval mode.
-    dtype: float32 where not given, or what the released file holds. int8: the LLM in 8 bits."""
-    if file := osum_file(path):
-        cfg, weights = read_osum(file)
-        dtype = dtype or weights["decoder.speech_head.weight"].dtype
-        del weights  # or its map would stay, and what is copied be there twice
-        net = restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
-    else:
+    dtype: float32 where not given, or what the released file holds."""
+    if not (file := osum_file(path)):
         cfg = load_config(path)
-        net = restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
-    (net.decoder.to_int8 if int8 else net.decoder.by_columns)()
-    return net
+        return restored(lambda: EChat(cfg), os.path.join(path, "model.safetensors"), device, dtype)
+    cfg, weights = read_osum(file)
+    dtype = dtype or weights["decoder.speech_head.weight"].dtype
+    del weights  # or its map would stay, and what is copied be there twice
+    return restored(lambda: EChat(cfg), file, device, dtype, lambda file: read_osum(file)[1])
 
 
 # The released OSUM-EChat: one flat dict of the training code's names

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from decoder import OSUM, Decoder, DecoderConfig, KVCache, load_osum, load_qwen2
+from decoder import OSUM, Decoder, DecoderConfig, KVCache, Packed, load_osum, load_qwen2, pack
 from model import check
 
 CFG = DecoderConfig(vocab=50, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn=32,
@@ -146,15 +146,21 @@ def test_right_pads_change_nothing(model):
     torch.testing.assert_close(model(loud)[:, :7], model(x[:, :7]), atol=1e-5, rtol=0)
 
 
-def test_by_columns_is_the_same_model(model):
-    other = Decoder(model.cfg).eval()
-    other.load_state_dict(model.state_dict())
-    other.by_columns()
-    assert all(w.stride(0) == 1 for w in other.parameters() if w.dim() == 2)
-    assert all(torch.equal(w, other.state_dict()[k]) for k, w in model.state_dict().items())
-    ids = torch.arange(9)[None]
-    torch.testing.assert_close(*(n.logits(n(n.embed(ids)), "joint") for n in (model, other)),
-                               atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("dtype, far", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
+def test_packed_is_the_same_model(model, dtype, far):
+    plain = copy.deepcopy(model).to(dtype)
+    state = copy.deepcopy(plain.state_dict())
+    packed = pack(copy.deepcopy(plain))
+    assert type(packed.layers[0].mlp.gate_up) is type(packed.speech_head) is Packed
+    found = packed.state_dict()
+    assert torch.equal(found.pop("lm_head.weight"), state["embed_tokens.weight"])
+    assert found.keys() == state.keys() and all(torch.equal(w, found[k]) for k, w in state.items())
+    ids, cache = torch.arange(9)[None], KVCache(CFG, 1, 9, dtype)
+    want, got = (n.logits(n(n.embed(ids)), "joint") for n in (plain, packed))
+    torch.testing.assert_close(got, want, atol=far, rtol=far)
+    steps = [packed.logits(packed.decode(packed.embed(ids[:, i:i + 1]), cache), "joint")
+             for i in range(9)]
+    torch.testing.assert_close(torch.cat(steps, 1), want, atol=far, rtol=far)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,8 +168,8 @@ def test_8_bits_are_nearly_the_same_model(tied):
     cfg = replace(CFG, dim=64, ffn=70, head_dim=16, tied=tied)
     model = Decoder(cfg).eval().requires_grad_(False)
     other = copy.deepcopy(model)
-    other.by_columns()
     other.to_int8()
+    pack(other)
     linear, layer = model.layers[0].mlp.gate_up, other.layers[0].mlp.gate_up
     assert layer.weight.dtype == torch.int8 and other.lm_head.weight.dtype == torch.int8
     step = linear.weight.abs().amax(1, keepdim=True) / 127  # rounded to the nearest, row by row

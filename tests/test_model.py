@@ -480,7 +480,6 @@ def test_checkpoint_round_trip(checkpoint, tmp_path):
     assert load_config(str(tmp_path)) == model.cfg == tiny_config()
     echat.save_weights(str(tmp_path / "model.safetensors"), model)
     again = load_echat(str(tmp_path))
-    assert model.decoder.layers[0].mlp.gate_up.weight.stride(0) == 1  # laid out to decode
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
