@@ -49,10 +49,10 @@ import model as echat
 from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, earlier, json_lines,
                   messages, place, read_jsonl, read_wave, records, replacing, run_items, sections,
                   spellings, spoken_wave, write_lines, write_wave)
-from decoder import Decoder, KVCache, pack
+from decoder import Decoder, KVCache
 from encoder import load_whisper, log_mel
 from flow import Flow, FlowConfig, load_cosyvoice1
-from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, pick_device
+from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, get_ready, pick_device
 from vocoder import HiFT, hift, load_hift, mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
@@ -304,7 +304,7 @@ def pick(args) -> list[dict]:
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.int8, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in (
+             args.bf16, args.int8, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in (
                  *map(Path, args.data), *sorted(Path(args.model).glob("*.safetensors")))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
@@ -845,8 +845,8 @@ def whisper(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     own = net.state_dict()
     for name, w in load_whisper(peer.state_dict()).items():  # under our names, its very tensors
         w.copy_(own[name])
-    peer.to(ids.device).eval()
-    mels = [log_mel(w, c.n_mels)[None].to(ids.device) for w in (
+    peer.to(own["conv1.weight"]).eval()
+    mels = [log_mel(w, c.n_mels)[None].to(own["conv1.weight"]) for w in (
         wave, torch.nn.functional.pad(wave, (0, 480000 - len(wave))))]
     hear = lambda mel: net(mel, torch.tensor([mel.shape[1]], device=mel.device))[0]
     far = (peer(mels[1].mT)[0] - hear(mels[1])).abs().max()  # [0]: transformers' has a tuple
@@ -909,9 +909,9 @@ PEERS = {"fp32": fp32, "transformers": transformers, "whisper": whisper, "cosyvo
 def parts(net, voice, wave: Tensor, ids: Tensor, args) -> dict:
     """Every part by itself, at its first run (cold) and as a median."""
     device, llm, n = ids.device.type, net.decoder, args.tokens
-    codes, mel = ids.new_zeros(1, 50), log_mel(wave, net.cfg.encoder.n_mels)[None].to(device)
+    mel = log_mel(wave, net.cfg.encoder.n_mels)[None].to(device, llm.norm.weight.dtype)
     lengths = torch.tensor([mel.shape[1]], device=device)
-    state, _ = voice.start(steps=args.steps)
+    codes, (state, _) = ids.new_zeros(1, 50), voice.start(steps=args.steps)
     sound = voice.flow.stream(codes, state, True)[0]  # (1, T, M): 2 s
     times = np.concatenate([clock(device, work) for work in (
         lambda: net.hear(mel, lengths), lambda: greedy(llm, ids, 1), lambda: greedy(llm, ids, n),
@@ -947,9 +947,7 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
-        if args.int8:
-            net.decoder.to_int8()
-        pack(net), pack(voice)
+        get_ready(net, voice, args)
     else:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice = bot.model, bot.voice
@@ -1006,6 +1004,8 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
     add(lists + " speed", "--device", default="auto")
     add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
+    add(lists + " speed", "--bf16", action="store_true",
+        help="the model and the flow's U-Net in bfloat16")
     add(lists + " speed", "--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     add(lists + " speed", "--seed", type=int, default=0)
     add(lists + " speed", "--steps", type=int, help="of the flow, not the checkpoint's")

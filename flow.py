@@ -544,11 +544,13 @@ class Flow(nn.Module):
         known = state.prompt[:, start:start + frames]
         cond = F.pad(known, (0, 0, 0, frames - known.shape[1]))
         fade = torch.tensor([1.0, 0.0], device=mu.device, dtype=mu.dtype)[:rows, None]
-        mu, cond, spk = mu * fade[..., None], cond * fade[..., None], state.spk * fade
+        low = self.estimator.final.weight.dtype  # the U-Net's may be bf16; sums stay in float32
+        mu, cond, spk = (given.to(low) for given in (
+            mu * fade[..., None], cond * fade[..., None], state.spk * fade))
         grid = 1 - torch.cos(math.pi / 2 * torch.linspace(0, 1, state.steps + 1, device=mu.device))
         for tape, t, t_next in zip(tapes, grid, grid[1:]):
-            v = self.estimator(x.expand(rows, -1, -1), mu, spk, cond, t.expand(rows), past=past,
-                               tape=tape)
+            v = self.estimator(x.expand(rows, -1, -1).to(low), mu, spk, cond, t.expand(rows),
+                               past=past, tape=tape).to(x)
             x = x + (t_next - t) * ((1 + state.cfg) * v[:1] - state.cfg * v[-1:])
         return x
 

@@ -57,14 +57,12 @@ class Chatbot:
             if released and not token2wav:
                 raise BadCheckpoint(f"--task {args.task} speaks, {args.model} has no voice: give "
                                     "--token2wav, the folder of CosyVoice-300M-25Hz, or --task s2t")
-            self.voice = pack(
-                echat.load_token2wav(token2wav or args.model, args.voice, self.device))
+            self.voice = echat.load_token2wav(token2wav or args.model, args.voice, self.device)
             # The prompt of the voice is heard once.
             self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
-        self.model = echat.load_echat(args.model, self.device)
-        if args.int8:
-            self.model.decoder.to_int8()
-        pack(self.model)
+        self.model = echat.load_echat(args.model, self.device,
+                                      torch.bfloat16 if args.bf16 else None)
+        get_ready(self.model, self.voice, args)
         cfg = self.model.cfg
         given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
         given = {k: v for k, v in given.items() if v is not None}
@@ -196,6 +194,18 @@ class Reply:
             "timings": times}, wave
 
 
+def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> None:
+    """To generate with, in the precision that args ask for."""
+    if args.bf16:
+        model.bfloat16()
+    if args.bf16 and voice:
+        voice.flow.estimator.bfloat16()
+    if args.int8:
+        model.decoder.to_int8()
+    for part in filter(None, (model, voice)):
+        pack(part)
+
+
 def pick_device(name: str, int8: bool = False) -> str:
     there = [d for d in ("cuda", "npu", "mps") if getattr(torch, d, None)
              and getattr(torch, d).is_available()] + ["cpu"]
@@ -313,6 +323,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--out", help="wav to write, folder, or - for raw PCM on stdout")
     p.add_argument("--json", action="store_true", help="one JSON object a wav on stdout")
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
+    p.add_argument("--bf16", action="store_true", help="the model and the flow's U-Net in bfloat16")
     p.add_argument("--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)

@@ -682,7 +682,7 @@ def test_griffin_lim_keeps_a_tone():
     assert abs(float(peak) - 440) < 15
 
 
-@pytest.mark.parametrize("more", [[], ["--int8"]])
+@pytest.mark.parametrize("more", [[], ["--int8"], ["--bf16"]])
 def test_speed(world, monkeypatch, capsys, more):
     text, result = call(world, monkeypatch, capsys, "speed", "--tokens", "3", *more)
     assert result["device"] == "cpu" and "copy_GBps" in text

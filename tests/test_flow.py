@@ -67,6 +67,19 @@ def test_streaming_is_one_shot(cfg, prompt):
         torch.testing.assert_close(mel, whole, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("cfg", [CAUSAL, FULL])
+def test_a_u_net_in_bf16_loses_what_its_layers_round_away(cfg):
+    model = build(cfg)
+    codes, spk, *voice = inputs(cfg, 20, 7)
+    want = model.generate(codes, spk, *voice)
+    model.estimator.bfloat16()
+    got = model.generate(codes, spk, *voice)
+    assert got.dtype == torch.float32 and 0 < (got - want).std() < 0.03 * want.std()
+    pieces, _ = streamed(model, codes, model.start(spk, *voice), [13, 7])
+    assert pieces.shape == got.shape and (not cfg.causal or torch.dist(pieces, got) < 0.03
+                                          * torch.dist(got, got.mean()))
+
+
 def test_one_shot_is_what_training_sees():
     """The masks of training and the tapes of streaming are two ways to say the same."""
     model = build(CAUSAL)
