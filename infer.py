@@ -126,7 +126,7 @@ class Chatbot:
             found |= zip([w for w in self.args.labels if w != "asr"],
                          [None if t == "&&" else t for t in tags[::2]])
             found["transcript"] = words.strip() or None if "asr" in self.args.labels else None
-        if self.args.task in ("s2s", "s2t") and (tag := EMOTION.match(text)):
+        if self.args.task in ("s2s", "s2t", "tts") and (tag := EMOTION.match(text)):
             found["reply_emotion"], text = tag[1], text[tag.end():]
         return {"think": think + end or None, "transcript": found.pop("transcript"),
                 "labels": found, "text": text.strip()}
@@ -185,7 +185,7 @@ class Reply:
             "load_s": round(bot.load_s, 3), "first_text_s": None, "first_audio_s": None,
             **self.times, "rtf": round(self.times["total_s"] / seconds, 3) if seconds else None}
         if task == "tts":
-            answer["text"] = answer["text"] or self.asked
+            answer["text"] = answer["text"] or EMOTION.sub("", self.asked)
         if task in ("s2s", "s2t"):  # what the next turn remembers, as released
             bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
         yield "done", {

@@ -252,7 +252,7 @@ def world(tmp_path_factory):
         row["extra"] |= {"q_txt": row["key"], "gender": f"<{sex}>", "reply_wav": "a.wav"}
     other = [record("sad", "<SAD>How sad.", q_emotion="<SAD>") | {"wav": "a.wav"},
              record("glad", "<HAPPY>What a joy!", q_emotion="<HAPPY>") | {"wav": "b.wav"}]
-    say = [{"key": f"t{n}", "wav": f"{n}.wav", "txt": "hello there", "task": "<TEXT2TOKEN>",
+    say = [{"key": f"t{n}", "wav": f"{n}.wav", "txt": "<SAD>hello there", "task": "<TEXT2TOKEN>",
             "extra": {"speech_token": [1, 2, 3]}} for n in "abx"]
     ask = [{"key": f"q{n}", "wav": "a.wav", "txt": "", "task": "<S2TCHAT>", "extra": extra}
            for n, extra in enumerate(({"answers": ["Paris"], "question": "What?"},
@@ -605,6 +605,7 @@ def test_tts(world, monkeypatch, capsys):
     items = {p.name.split("-")[2]: json.loads(p.read_text()) for p in (world / "out").glob("tts-*")}
     assert [items[way]["seconds"] for way in ("original", "copy", "griffinlim", "resynthesis")] == [
         0.5, 0.5, 0.5, 0.12]
+    assert {(item["text"], item["words"]) for item in items.values()} == {("hello there", 2)}
 
 
 PROGRAM = "import sys, soundfile; print(len(soundfile.read(sys.argv[1])[0]), 'fearful')"
