@@ -148,7 +148,7 @@ class Config:
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
     return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False),
-                  steps=4)
+                  steps=2)
 
 
 def small() -> Config:
