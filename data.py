@@ -1422,8 +1422,8 @@ def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
     if not args.s3:
         return pack(load_s3(args.model, device))
     with expecting("S3 v1", args.s3):
-        return released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
-                             else (read_weights(args.s3), args.rate))).to(device)
+        return pack(released_s3(*(read_onnx(args.s3) if args.s3.endswith(".onnx")
+                                  else (read_weights(args.s3), args.rate))).to(device))
 
 
 @torch.inference_mode()

@@ -896,7 +896,10 @@ def fp32(net, wave: Tensor, ids: Tensor, n: int) -> tuple[dict, dict]:
     """The same decoder in full precision, where ours has 8 bits; at how many places of the prompt
     both have the same first choice for what comes next."""
     peer, net = net.decoder, Decoder(net.cfg.decoder)
-    net.load_state_dict(peer.state_dict(), strict=False)  # without the packed copy of its table
+    state = peer.state_dict()
+    if peer.cfg.tied:
+        state.pop("lm_head.weight", None)  # the packed copy of the table
+    net.load_state_dict(state)
     net.to_int8()
     first = [d.logits(d(d.embed(ids))).argmax(-1) for d in (peer, net)]  # (1, L) each
     return {"agree": float((first[0] == first[1]).float().mean())}, writing(
@@ -1047,6 +1050,8 @@ def arguments(argv=None) -> argparse.Namespace:
             or len(args.against) != 1 + (args.against[0] == "cosyvoice")):
         p.error(f"--against {' '.join(args.against)}: transformers, whisper, fp32 or "
                 "cosyvoice CHECKOUT")
+    if args.command == "speed" and args.against and args.int8:
+        p.error("--against compares full precision; what --int8 gains: --against fp32 without it")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
     if args.command == "echat" and args.speech and args.task == "s2t":

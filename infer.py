@@ -198,8 +198,8 @@ def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> None:
     """To generate with, in the precision that args ask for."""
     if args.bf16:
         model.bfloat16()
-    if args.bf16 and voice:
-        voice.flow.estimator.bfloat16()
+        if voice:
+            voice.flow.estimator.bfloat16()
     if args.int8:
         model.decoder.to_int8()
     for part in filter(None, (model, voice)):

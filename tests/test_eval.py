@@ -697,6 +697,10 @@ def test_speed_beside_others(world, monkeypatch, capsys):
     assert "total_s" not in call(world, monkeypatch, capsys, *words)[1]
     found = call(world, monkeypatch, capsys, *words, "--against", "fp32")[1]["fp32_over_ours"]
     assert found["agree"] > 0.9 and len(found["decode"]) == len(found["prefill"]) == 3
+    with pytest.raises(SystemExit) as stop:  # 8 bits beside 8 bits
+        call(world, monkeypatch, capsys, *words, "--against", "fp32", "--int8")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "--against fp32 without it" in said and said.count("\n") == 1
     for peer, parts in ("transformers", ("prefill", "decode")), ("whisper", ("encoder",)):
         if find_spec("transformers") is None:
             with pytest.raises(SystemExit) as stop:
