@@ -230,6 +230,42 @@ class KVCache:
         self.pads = None if self.pads is None else self.pads[rows]
 
 
+class StaticCache(KVCache):
+    """A cache of one row for compiled steps, whose shapes and addresses never change: the position
+    is a tensor, and all of the cache is read, what is not there yet masked. On a GPU a step is
+    replayed as one CUDA graph. Its first use compiles, for tens of seconds (torch keeps the code
+    on disk); on a CPU plain steps are faster, as they read only what is there."""
+
+    def __init__(self, decoder: "Decoder", max_len: int, backend: str = "inductor"):
+        like = decoder.norm.weight
+        super().__init__(decoder.cfg, 1, max_len, like.dtype, like.device)
+        self.at = torch.zeros(1, dtype=torch.long, device=like.device)
+        for tensor in (self.k.zero_(), self.v.zero_(), self.at):  # NaN would pass any mask
+            torch._dynamo.mark_static_address(tensor)
+        mode = "reduce-overhead" if like.is_cuda else None
+        self.compiled = torch.compile(decoder.step, fullgraph=True, backend=backend, mode=mode)
+
+    def step(self, x: Tensor) -> Tensor:
+        if self.length == self.max_len:
+            raise ValueError(f"{self.length} + 1 positions do not fit a cache of {self.max_len}")
+        self.at.fill_(self.length)
+        self.length += 1
+        return self.compiled(x, self.k, self.v, self.at)
+
+
+@dataclass
+class Window:
+    """What a compiled step sees of a StaticCache."""
+    k: Tensor
+    v: Tensor
+    at: Tensor
+
+    def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k[index].index_copy_(2, self.at, k)
+        self.v[index].index_copy_(2, self.at, v)
+        return self.k[index], self.v[index]
+
+
 class Decoder(nn.Module):
     def __init__(self, cfg: DecoderConfig):
         super().__init__()
@@ -240,6 +276,7 @@ class Decoder(nn.Module):
         self.lm_head = None if cfg.tied else nn.Linear(cfg.dim, cfg.vocab, bias=False)
         self.speech_embed = nn.Embedding(cfg.codes + 3, cfg.dim)
         self.speech_head = nn.Linear(cfg.dim, cfg.codes + 1)
+        self.static = None  # a StaticCache, where steps are compiled
         for name, p in self.named_parameters():
             if p.dim() == 2:  # what adds to the residual stream starts smaller in a deep stack
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -292,13 +329,30 @@ class Decoder(nn.Module):
         if self.cfg.tied and self.cfg.dim % 64 == 0:
             self.lm_head = Int8(self.embed_tokens.weight)
 
+    def cache(self, batch: int, max_len: int, pads: Tensor | None = None) -> KVCache:
+        """An empty one: for a single row that fits it the static one, if there is one, which then
+        belongs to that answer alone."""
+        if self.static and batch == 1 and max_len <= self.static.max_len:
+            self.static.length = 0
+            return self.static
+        like = self.norm.weight
+        return KVCache(self.cfg, batch, max_len, like.dtype, like.device, pads)
+
     def prefill(self, x: Tensor, cache: KVCache) -> Tensor:
         """Append x (B, T, D) to the cache -> hidden (B, 1, D) of its last position."""
         return self(x, cache=cache)[:, -1:]
 
     def decode(self, x: Tensor, cache: KVCache) -> Tensor:
         """Append one position x (B, 1, D) to the cache -> its hidden (B, 1, D)."""
-        return self(x, cache=cache)
+        return cache.step(x) if isinstance(cache, StaticCache) else self(x, cache=cache)
+
+    def step(self, x: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+        """decode() of one row x (1, 1, D) at the position `at` (1,) of a StaticCache's k and v."""
+        cos, sin = rotation(at, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        seen = (torch.arange(k.shape[3], device=x.device) <= at)[None]  # (1, S)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, seen, Window(k, v, at), index)
+        return self.norm(x)
 
     def logits(self, hidden: Tensor, head: str = "text") -> Tensor:
         """hidden (..., D) -> "text" (..., V), "speech" (..., C + 1), or "joint": both side by

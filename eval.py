@@ -49,7 +49,7 @@ import model as echat
 from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, earlier, json_lines,
                   messages, place, read_jsonl, read_wave, records, replacing, run_items, sections,
                   spellings, spoken_wave, write_lines, write_wave)
-from decoder import Decoder, KVCache
+from decoder import Decoder
 from encoder import load_whisper, log_mel
 from flow import Flow, FlowConfig, load_cosyvoice1
 from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, get_ready, pick_device
@@ -304,7 +304,7 @@ def pick(args) -> list[dict]:
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.bf16, args.int8, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in (
+             args.bf16, args.int8, args.compile, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in (
                  *map(Path, args.data), *sorted(Path(args.model).glob("*.safetensors")))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
@@ -787,12 +787,13 @@ def clock(device: str, *works) -> np.ndarray:
 
 def greedy(net, ids: Tensor, n: int) -> Tensor:
     """The n text ids after the prompt ids (1, L), as (1, n)."""
-    cache = KVCache(net.cfg, 1, ids.shape[1] + n, net.norm.weight.dtype, ids.device)
-    out = ids[:, :0]
-    while out.shape[1] < n:
-        ids = net.logits(net.prefill(net.embed(ids), cache), "text").argmax(-1)  # (1, 1)
-        out = torch.cat([out, ids], 1)
-    return out
+    cache = net.cache(1, ids.shape[1] + n)
+    hidden, out = net.prefill(net.embed(ids), cache), []
+    while True:
+        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
+        if len(out) == n:
+            return torch.cat(out, 1)
+        hidden = net.decode(net.embed(out[-1]), cache)
 
 
 # ---- beside what others use: (what there is to say, part -> their and our seconds (2, 5)) --------
@@ -1011,6 +1012,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists + " speed", "--bf16", action="store_true",
         help="the model and the flow's U-Net in bfloat16")
     add(lists + " speed", "--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
+    add(lists + " speed", "--compile", action="store_true", help="the LLM's steps, for a GPU")
     add(lists + " speed", "--seed", type=int, default=0)
     add(lists + " speed", "--steps", type=int, help="of the flow, not the checkpoint's")
     add(lists + " speed", "--max-tokens", type=int, default=1200)

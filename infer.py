@@ -29,12 +29,13 @@ from tqdm import tqdm
 
 import model as echat
 from data import BadInput, Tokenizer, read_wave, write_wave
-from decoder import pack
+from decoder import StaticCache, pack
 from encoder import log_mel
 from model import BadCheckpoint
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 AT_ONCE = 8  # wavs
+COMPILED = 2048  # positions, prompt and answer; what is longer is not compiled
 SHORTEST, SILENCE = 0.2, 1e-4  # seconds, peak
 EMOTION = re.compile(r"^<([^<>]+)>\s*")
 
@@ -195,14 +196,20 @@ class Reply:
 
 
 def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> None:
-    """To generate with, in the precision that args ask for."""
+    """To generate with, in the precision that args ask for, its steps compiled or packed."""
     if args.bf16:
         model.bfloat16()
         if voice:
             voice.flow.estimator.bfloat16()
     if args.int8:
         model.decoder.to_int8()
-    for part in filter(None, (model, voice)):
+    if args.compile:
+        llm = model.decoder
+        llm.static = StaticCache(llm, COMPILED)
+        with torch.inference_mode():
+            for _ in range(3):  # now, not in the first answer: compile, warm up, record
+                llm.decode(llm.norm.weight.new_zeros(1, 1, llm.cfg.dim), llm.static)
+    for part in filter(None, (None if args.compile else model, voice)):
         pack(part)
 
 
@@ -325,6 +332,8 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
     p.add_argument("--bf16", action="store_true", help="the model and the flow's U-Net in bfloat16")
     p.add_argument("--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
+    p.add_argument("--compile", action="store_true",
+                   help="compile the LLM's steps first: faster on a GPU, slower on a CPU")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)
     for flag, kind in (("--temperature", float), ("--top-k", int), ("--top-p", float)):

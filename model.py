@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 import adapter
 import decoder
 from adapter import Adapter, AdapterConfig
-from decoder import Decoder, DecoderConfig, KVCache, SharedPrefix
+from decoder import Decoder, DecoderConfig, SharedPrefix, StaticCache
 from encoder import Encoder, EncoderConfig, SpeechTokenizer, TokenizerConfig, load_whisper
 from flow import Flow, FlowConfig, load_cosyvoice1
 from vocoder import VOCODERS, VocoderConfig, hift, load_hift
@@ -195,8 +195,23 @@ def sample(logits: Tensor, how: Sampling, past: list[list[int]],
     p = p.masked_fill(p.cumsum(-1) - p > how.top_p, 0)
     # Gumbel trick, with noise from the CPU: the same seed gives the same reply on any device.
     noise = torch.stack([torch.rand(p.shape[1], generator=rng) for rng in rngs])
-    chosen = (p / noise.clamp_(1e-20).log_().neg_().to(p.device)).argmax(-1, keepdim=True)
+    noise = noise.clamp_(1e-20).log_().neg_().to(p.device, non_blocking=True)
+    chosen = (p / noise).argmax(-1, keepdim=True)
     return order.gather(1, chosen)[:, 0]
+
+
+def reading(ids: Tensor):
+    """Begin to bring ids to the host; the function that waits for them, and for nothing that the
+    device was told to do since."""
+    if not ids.is_cuda:
+        return ids.tolist
+    copy, ready = ids.to("cpu", non_blocking=True), torch.cuda.Event()
+    ready.record()
+
+    def read() -> list[int]:
+        ready.synchronize()
+        return copy.tolist()
+    return read
 
 
 def phases(layout: str, think: bool, tok, close: int):
@@ -331,19 +346,24 @@ class EChat(nn.Module):
         longest = max(map(len, prompts))
         pads = [longest - len(ids) for ids in prompts]
         ids = torch.tensor([[PAD] * n + ids for n, ids in zip(pads, prompts)], device=device)
-        cache = KVCache(cfg, len(ids), longest + max_tokens, dtype, device,
-                        torch.tensor(pads, device=device) if any(pads) else None)
+        cache = self.decoder.cache(len(ids), longest + max_tokens,
+                                   torch.tensor(pads, device=device) if any(pads) else None)
+        ahead = isinstance(cache, StaticCache)  # steps begin before the host has read their token
         hidden = self.decoder.prefill(self.embed(ids, heard, lengths), cache)  # (B, 1, D)
         live = [Answer(i, phases(layout, think, tok, cfg.codes), seed) for i in range(len(ids))]
         for _ in range(max_tokens):
             rows = torch.empty(len(live), 1, dtype=torch.long, device=device)
             for phase in ("text", "speech"):
                 if here := [i for i, answer in enumerate(live) if answer.phase == phase]:
-                    logits = self.decoder.logits(hidden[here, -1], phase)
+                    at = here if len(here) < len(live) else slice(None)  # a GPU waits for a list
+                    logits = self.decoder.logits(hidden[at, -1], phase)
                     tokens = sample(logits, how[phase], [live[i].said[phase] for i in here],
                                     [live[i].rng for i in here])
-                    rows[here, 0] = tokens + cfg.vocab * (phase == "speech")
-            for answer, row in zip(live, rows[:, 0].tolist()):
+                    rows[at, 0] = tokens + cfg.vocab * (phase == "speech")
+            read = reading(rows[:, 0])
+            if ahead:
+                hidden = self.decoder.decode(self.decoder.embed(rows), cache)
+            for answer, row in zip(live, read()):
                 yield answer.take(row - cfg.vocab * (answer.phase == "speech"))
             here = [i for i, answer in enumerate(live) if answer.phase]
             if not here:
@@ -351,7 +371,8 @@ class EChat(nn.Module):
             if len(here) < len(live):
                 cache.keep(here)
                 live, rows = [live[i] for i in here], rows[here]
-            hidden = self.decoder.decode(self.decoder.embed(rows), cache)
+            if not ahead:
+                hidden = self.decoder.decode(self.decoder.embed(rows), cache)
 
     def answers(self, tok, task: str, asked: list[tuple], think: bool = True,
                 interleave: bool = False, **options):

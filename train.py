@@ -24,6 +24,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as tree
 from torch.utils.checkpoint import checkpoint
 
@@ -768,23 +770,19 @@ def clip(gradients: list[Tensor], limit: float) -> float:
 
 def orthogonal(x: Tensor) -> Tensor:
     """x with all its singular values moved to about 1, by Newton and Schulz's iteration of degree 5
-    on the smaller Gram matrix s: powers of s commute, so x itself is touched only twice."""
+    (on its longer side, so that s is small). It bears autocast: s is made anew each time."""
     x = x / (x.norm() + 1e-7)
-    if tall := x.shape[0] > x.shape[1]:
-        x = x.T
-    s = x @ x.T
-    for turn in range(5):
-        p = torch.addmm(s, s, s, beta=-4.7750, alpha=2.0315)  # beta s + alpha s^2
-        p.diagonal().add_(3.4445)
-        s, total = p @ p @ s, p if turn == 0 else p @ total
-    x = total @ x
-    return x.T if tall else x
+    x = x.T if (tall := x.shape[0] > x.shape[1]) else x
+    for _ in range(5):
+        s = x @ x.T
+        x = torch.addmm(x, torch.addmm(s, s, s, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.T if tall else x).float()
 
 
 class Muon(torch.optim.AdamW):
     """AdamW, but the matrices inside the blocks of adapter and decoder move by orthogonal steps
-    (Jordan et al. 2024), as long as Adam's usually are (Liu et al. 2025). torch.optim.Muon computes
-    in bfloat16, which a CPU is slow at. Ranks share the work."""
+    (Jordan et al. 2024), as long as Adam's usually are (Liu et al. 2025). torch.optim.Muon always
+    computes in bfloat16, at which some CPUs are slow. Ranks share the work."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -857,7 +855,8 @@ class Trainer:
             except RuntimeError:
                 raise BadInput(f"{args.out}: cannot resume, another stage or other flags made it"
                                ) from None
-        self.computed = torch.autocast(self.kind, torch.bfloat16, enabled=args.bf16)
+        self.bf16 = args.bf16 or args.shard and self.kind != "cpu"
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.bf16)  # the CPU's, too
         if args.shard:
             self.shard()
         self.trainee.module.to(self.device)
@@ -868,13 +867,19 @@ class Trainer:
         if state:
             self.restore(state)
 
+    @contextmanager
+    def computed(self):
+        """In bfloat16 with --bf16; there a CPU's fused attention takes 1.5 times its parts' time."""
+        parts = self.bf16 and self.kind == "cpu"
+        with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16), \
+                sdpa_kernel(SDPBackend.MATH) if parts else nullcontext():
+            yield
+
     def shard(self) -> None:
         if not dist.is_initialized() or not self.talks:
             raise BadInput("--shard is for the LLM's stages, run by torchrun")
         if self.args.ear or self.args.guide or self.args.muon:
             raise BadInput("--ear, --guide and --muon are for small models, not for --shard")
-        if self.kind != "cpu":
-            self.computed = torch.autocast(self.kind, torch.bfloat16)
         self.trainee.shard(self.kind)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[dict]:
@@ -988,7 +993,7 @@ class Trainer:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
             broken = torch.zeros((), device=self.device)
             for batch in micro:
-                with self.computed:
+                with self.computed():
                     loss, stats = trainee.loss(turn, batch)
                 (loss * (batch["weight"] / total)).backward()
                 broken += ~torch.isfinite(loss.detach())
@@ -1005,7 +1010,8 @@ class Trainer:
                 return None
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["scale"]
-            optimizer.step()  # in fp32: Muon's s in bf16 gets eigenvalues below 0, which explode
+            with self.computed():  # Muon's products; sums of fp32 stay fp32
+                optimizer.step()
         self.bad = 0
         return out
 
@@ -1016,7 +1022,7 @@ class Trainer:
         trainee, sums = self.trainee, {}
         trainee.module.eval()
         batches = self.loader(self.args.valid, 1)
-        with self.computed:
+        with self.computed():
             for _ in range(self.args.valid_batches):
                 batch = to(next(batches)[0], self.device)
                 loss, stats = trainee.loss(trainee.turns[-1], batch)

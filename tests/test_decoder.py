@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from decoder import OSUM, Decoder, DecoderConfig, KVCache, Packed, load_osum, load_qwen2, pack
+from decoder import (OSUM, Decoder, DecoderConfig, KVCache, Packed, StaticCache, load_osum,
+                     load_qwen2, pack)
 from model import check
 
 CFG = DecoderConfig(vocab=50, dim=24, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, ffn=32,
@@ -109,8 +110,24 @@ def test_rows_that_end_together_are_what_they_are_alone(model):
         torch.testing.assert_close(torch.stack(own, 1), want[:, :len(own)], atol=1e-5, rtol=0)
 
 
-def test_a_full_cache_says_so(model):
-    cache = KVCache(CFG, 1, 4)
+def test_compiled_steps_are_the_plain_ones(model):
+    """Whole graphs for torch's compiler, one for all positions; a second answer starts anew."""
+    model.static = StaticCache(model, 12, "aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for cut in (3, 6):
+        x, cache = torch.randn(1, 9, CFG.dim), model.cache(1, 9)
+        assert cache is model.static and cache.length == 0
+        got = [model.prefill(x[:, :cut], cache)]
+        got += [model.decode(x[:, i:i + 1], cache) for i in range(cut, 9)]
+        torch.testing.assert_close(torch.cat(got, 1), model(x)[:, cut - 1:], atol=1e-5, rtol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert type(model.cache(2, 9)) is type(model.cache(1, 13)) is KVCache
+
+
+@pytest.mark.parametrize("make", [lambda model: KVCache(CFG, 1, 4),
+                                  lambda model: StaticCache(model, 4, "eager")])
+def test_a_full_cache_says_so(model, make):
+    cache = make(model)
     model.prefill(torch.randn(1, 4, CFG.dim), cache)
     with pytest.raises(ValueError, match=r"4 \+ 1 positions .* cache of 4"):
         model.decode(torch.randn(1, 1, CFG.dim), cache)

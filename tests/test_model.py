@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 import data
 import model as echat
 from adapter import AdapterConfig
-from decoder import DecoderConfig
+from decoder import DecoderConfig, StaticCache
 from encoder import EncoderConfig, sinusoids
 from model import (AUDIO, SYSTEM, BadCheckpoint, EChat, Sampling, label_think, load_config,
                    load_echat, load_s3, load_token2wav, prompt, read_think, think_length)
@@ -309,6 +309,21 @@ def test_cached_generation_is_the_argmax_of_one_forward(model, tok):
         head = logits[0, len(ids) + i - 1]
         head = head[:V] if phase == "text" else head[V:]
         assert int(head.argmax()) == token, i
+
+
+@pytest.mark.parametrize("task, interleave", [("s2s", True), ("s2s", False), ("tts", False)])
+def test_compiled_generation_says_the_same(model, tok, task, interleave):
+    """To the end of a speech, and where --max-tokens or the cache ends it."""
+    model.decoder.speech_head.bias[CODES] += 4  # a likelier end
+    for most, cache in ((300, 600), (20, 600), (300, 200)):
+        options = dict(think=False, interleave=interleave, seed=3, max_tokens=most, how={
+            "text": Sampling(1.0, 0, 0.99), "speech": Sampling(1.0, 0, 0.99)})
+        asked = tok, task, mel(42) if task == "s2s" else None, "hello"
+        model.decoder.static = None
+        want = list(answer(model, *asked, **options))
+        model.decoder.static = StaticCache(model.decoder, cache, "aot_eager")
+        assert list(answer(model, *asked, **options)) == want
+        assert bool(model.decoder.static.length) == (cache > 200)
 
 
 @pytest.mark.parametrize("task, options, name, layout, think", [
