@@ -203,30 +203,31 @@ class DecoderConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, each (L, B, K, max_len, E), allocated once, filled in place
-    up to `length`; set it back to forget the newest. Rows of different lengths end together:
+    """Keys and values, for every layer (B, K, max_len, E), allocated once, filled in place up to
+    `length`; set it back to forget the newest. Rows of different lengths end together:
     `pads` (B,) says how many positions before each row are nothing, and seen by nobody."""
 
     def __init__(self, cfg: DecoderConfig, batch: int, max_len: int,
                  dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
                  pads: Tensor | None = None):
-        shape = (cfg.n_layers, batch, cfg.n_kv_heads, max_len, cfg.head_dim)
-        self.k, self.v = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))
+        shape = (batch, cfg.n_kv_heads, max_len, cfg.head_dim)
+        self.k, self.v = ([torch.empty(shape, dtype=dtype, device=device)
+                           for _ in range(cfg.n_layers)] for _ in range(2))
         self.length, self.max_len, self.pads = 0, max_len, pads
 
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's k, v (B, K, T, E) behind `length`; views (B, K, S, E) of all so far."""
         end = self.length + k.shape[2]
-        self.k[index, :, :, self.length:end] = k
-        self.v[index, :, :, self.length:end] = v
-        return self.k[index, :, :, :end], self.v[index, :, :, :end]
+        self.k[index][:, :, self.length:end] = k
+        self.v[index][:, :, self.length:end] = v
+        return self.k[index][:, :, :end], self.v[index][:, :, :end]
 
     def keep(self, rows: list[int]) -> None:
         """Forget all rows of the batch but these, which are in ascending order."""
-        for kv in (self.k, self.v):
+        for tensor in self.k + self.v:
             for to, row in enumerate(rows):
-                kv[:, to, :, :self.length] = kv[:, row, :, :self.length]
-        self.k, self.v = self.k[:, :len(rows)], self.v[:, :len(rows)]
+                tensor[to, :, :self.length] = tensor[row, :, :self.length]
+        self.k, self.v = ([t[:len(rows)] for t in kv] for kv in (self.k, self.v))
         self.pads = None if self.pads is None else self.pads[rows]
 
 
@@ -239,9 +240,9 @@ class StaticCache(KVCache):
     def __init__(self, decoder: "Decoder", max_len: int, backend: str = "inductor"):
         like = decoder.norm.weight
         super().__init__(decoder.cfg, 1, max_len, like.dtype, like.device)
-        self.at = torch.zeros(1, dtype=torch.long, device=like.device)
-        for tensor in (self.k.zero_(), self.v.zero_(), self.at):  # NaN would pass any mask
-            torch._dynamo.mark_static_address(tensor)
+        self.at = torch.empty(1, dtype=torch.long, device=like.device)
+        for tensor in (*self.k, *self.v, self.at):  # a tensor a layer: one of all would be copied
+            torch._dynamo.mark_static_address(tensor.zero_())  # NaN would pass any mask
         mode = "reduce-overhead" if like.is_cuda else None
         self.compiled = torch.compile(decoder.step, fullgraph=True, backend=backend, mode=mode)
 
@@ -256,8 +257,8 @@ class StaticCache(KVCache):
 @dataclass
 class Window:
     """What a compiled step sees of a StaticCache."""
-    k: Tensor
-    v: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
     at: Tensor
 
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -346,10 +347,10 @@ class Decoder(nn.Module):
         """Append one position x (B, 1, D) to the cache -> its hidden (B, 1, D)."""
         return cache.step(x) if isinstance(cache, StaticCache) else self(x, cache=cache)
 
-    def step(self, x: Tensor, k: Tensor, v: Tensor, at: Tensor) -> Tensor:
+    def step(self, x: Tensor, k: list[Tensor], v: list[Tensor], at: Tensor) -> Tensor:
         """decode() of one row x (1, 1, D) at the position `at` (1,) of a StaticCache's k and v."""
         cos, sin = rotation(at, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
-        seen = (torch.arange(k.shape[3], device=x.device) <= at)[None]  # (1, S)
+        seen = (torch.arange(k[0].shape[2], device=x.device) <= at)[None]  # (1, S)
         for index, layer in enumerate(self.layers):
             x = layer(x, cos, sin, seen, Window(k, v, at), index)
         return self.norm(x)

@@ -82,7 +82,7 @@ def test_cache_equals_no_cache_wherever_the_prefill_is_cut(model):
     want = model(x)
     for cut in range(1, 9):
         cache = KVCache(CFG, 2, 9)
-        cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)  # what is not filled must not be read
+        [tensor.fill_(torch.nan) for tensor in cache.k + cache.v]  # what is not filled is not read
         first = model.prefill(x[:, :cut], cache)
         second = model.prefill(x[:, cut:], cache)
         torch.testing.assert_close(first, want[:, cut - 1:cut], atol=1e-5, rtol=0)
@@ -96,7 +96,7 @@ def test_rows_that_end_together_are_what_they_are_alone(model):
     sizes, length = [5, 2, 4], 5
     rows = [torch.randn(1, n + 3, CFG.dim) for n in sizes]
     cache = KVCache(CFG, 3, length + 3, pads=torch.tensor([length - n for n in sizes]))
-    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
+    [tensor.fill_(torch.nan) for tensor in cache.k + cache.v]
     first = torch.cat([F.pad(x[:, :n], (0, 0, length - n, 0)) for x, n in zip(rows, sizes)])
     got = [model.prefill(first, cache)]
     got.append(model.decode(torch.cat([x[:, n:n + 1] for x, n in zip(rows, sizes)]), cache))
