@@ -952,10 +952,11 @@ def speed(args) -> tuple[str, dict]:
                "prompt_codes": torch.zeros(1, 0, dtype=torch.long)}
         net, voice = (part.to(device).eval()
                       for part in (echat.EChat(cfg), echat.Token2Wav(cfg, own)))
-        get_ready(net, voice, args)
+        compile_s = get_ready(net, voice, args)
     else:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
-        net, voice = bot.model, bot.voice
+        net, voice, compile_s = bot.model, bot.voice, bot.compile_s
+    out |= {"compile_s": compile_s} if args.compile else {}
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt)) if args.preset else torch.tensor(
         [bot.tok.encode(Path(__file__).read_text())[:args.prompt]])  # (1, L), real words if it can

@@ -63,7 +63,7 @@ class Chatbot:
             self.start = lru_cache(1)(partial(self.voice.start, steps=args.steps))
         self.model = echat.load_echat(args.model, self.device,
                                       torch.bfloat16 if args.bf16 else None)
-        get_ready(self.model, self.voice, args)
+        self.compile_s = get_ready(self.model, self.voice, args)
         cfg = self.model.cfg
         given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
         given = {k: v for k, v in given.items() if v is not None}
@@ -195,22 +195,25 @@ class Reply:
             "timings": times}, wave
 
 
-def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> None:
-    """To generate with, in the precision that args ask for, its steps compiled or packed."""
+def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> float:
+    """To generate with, in the precision that args ask for, its steps compiled or packed -> for how
+    many seconds it compiled."""
     if args.bf16:
         model.bfloat16()
         if voice:
             voice.flow.estimator.bfloat16()
     if args.int8:
         model.decoder.to_int8()
+    start, llm = time.time(), model.decoder
     if args.compile:
-        llm = model.decoder
         llm.static = StaticCache(llm, COMPILED)
         with torch.inference_mode():
             for _ in range(3):  # now, not in the first answer: compile, warm up, record
                 llm.decode(llm.norm.weight.new_zeros(1, 1, llm.cfg.dim), llm.static)
+    took = time.time() - start
     for part in filter(None, (None if args.compile else model, voice)):
         pack(part)
+    return took
 
 
 def pick_device(name: str, int8: bool = False) -> str:

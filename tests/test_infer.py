@@ -4,6 +4,7 @@ import io
 import json
 import resource
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from test_model import released
 
 import infer
 import model as echat
+from decoder import StaticCache
 from vocoder import HiFT, VocoderConfig
 
 
@@ -133,6 +135,20 @@ def test_several_wavs_are_answered_as_one_by_one(checkpoint, run, wav, tmp_path,
     assert answers_of(out) == alone and len({str(a["text"]) for a in alone}) > 1
     for a, was in zip(alone, sound):
         assert np.array_equal(sf.read(a["audio"])[0], was)
+
+
+def test_compiled_it_says_the_same(checkpoint, run, wav, tmp_path, monkeypatch):
+    monkeypatch.setattr(infer, "StaticCache", partial(StaticCache, backend="aot_eager"))
+    for task in (["--task", "tts", "--text", "hello"], ["--task", "s2t", wav(0.7)]):
+        said = []
+        for more in ([], ["--compile"]):
+            code, out, err = run("--model", checkpoint, "--json", "--max-tokens", 60, "--out",
+                                 tmp_path / "a.wav", *task, *more)
+            assert code == 0, err
+            [answer] = answers_of(out)
+            wave = answer["audio"] and sf.read(answer["audio"])[0].tolist()
+            said.append(answer | {"audio": wave})
+        assert said[0] == said[1] and bool(said[0]["audio"]) == ("tts" in task)
 
 
 def damaged(path, cut):
