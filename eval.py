@@ -304,8 +304,9 @@ def pick(args) -> list[dict]:
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.bf16, args.int8, args.compile, args.max_tokens, args.steps, [p.stat().st_mtime_ns for p in (
-                 *map(Path, args.data), *sorted(Path(args.model).glob("*.safetensors")))]]
+             args.bf16, args.int8, args.compile, args.max_tokens, args.steps, [
+                 p.stat().st_mtime_ns for p in (
+                     *map(Path, args.data), *sorted(Path(args.model).glob("*.safetensors")))]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
     return os.path.join(args.out, f"{'-'.join([args.command, *words, digest])}.jsonl")

@@ -336,7 +336,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--bf16", action="store_true", help="the model and the flow's U-Net in bfloat16")
     p.add_argument("--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     p.add_argument("--compile", action="store_true",
-                   help="compile the LLM's steps first: faster on a GPU, slower on a CPU")
+                   help="compile the LLM's steps first: for a GPU, a CPU gets slower")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-tokens", type=int, default=1200)
     for flag, kind in (("--temperature", float), ("--top-k", int), ("--top-p", float)):
