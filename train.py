@@ -869,7 +869,7 @@ class Trainer:
 
     @contextmanager
     def computed(self):
-        """In bfloat16 with --bf16; there a CPU's fused attention takes 1.5 times its parts' time."""
+        """In bfloat16 with --bf16; there a CPU's fused attention is slower than its parts."""
         parts = self.bf16 and self.kind == "cpu"
         with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16), \
                 sdpa_kernel(SDPBackend.MATH) if parts else nullcontext():
