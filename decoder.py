@@ -28,7 +28,7 @@ class SharedPrefix:
     fifth to a half of a sequence. Used in place of a cache: the first forward, of one row, fills
     it; the second, of all rows, continues it."""
 
-    max_len, pads = float("inf"), None
+    pads = None
 
     def __init__(self):
         self.kv, self.length = [], 0
@@ -215,9 +215,16 @@ class KVCache:
                            for _ in range(cfg.n_layers)] for _ in range(2))
         self.length, self.max_len, self.pads = 0, max_len, pads
 
+    def end(self, new: int) -> int:
+        """The length with so many positions more; ValueError if they do not fit."""
+        if self.length + new > self.max_len:
+            raise ValueError(f"{self.length} + {new} positions do not fit a cache of "
+                             f"{self.max_len}")
+        return self.length + new
+
     def write(self, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's k, v (B, K, T, E) behind `length`; views (B, K, S, E) of all so far."""
-        end = self.length + k.shape[2]
+        end = self.end(k.shape[2])
         self.k[index][:, :, self.length:end] = k
         self.v[index][:, :, self.length:end] = v
         return self.k[index][:, :, :end], self.v[index][:, :, :end]
@@ -247,10 +254,9 @@ class StaticCache(KVCache):
         self.compiled = torch.compile(decoder.step, fullgraph=True, backend=backend, mode=mode)
 
     def step(self, x: Tensor) -> Tensor:
-        if self.length == self.max_len:
-            raise ValueError(f"{self.length} + 1 positions do not fit a cache of {self.max_len}")
+        end = self.end(1)
         self.at.fill_(self.length)
-        self.length += 1
+        self.length = end
         return self.compiled(x, self.k, self.v, self.at)
 
 
@@ -300,8 +306,6 @@ class Decoder(nn.Module):
         positions (B, T) or (T,); by default they count the seen keys, so skip the unseen.
         cache: x continues it; ValueError if it is too short."""
         T, past = x.shape[1], cache.length if cache is not None else 0
-        if cache is not None and past + T > cache.max_len:
-            raise ValueError(f"{past} + {T} positions do not fit a cache of {cache.max_len}")
         every = torch.arange(past + T, device=x.device)  # (S,)
         if cache is not None and cache.pads is not None:
             mask = every >= cache.pads[:, None]

@@ -207,9 +207,13 @@ def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> float:
     start, llm = time.time(), model.decoder
     if args.compile:
         llm.static = StaticCache(llm, COMPILED)
-        with torch.inference_mode():
-            for _ in range(3):  # now, not in the first answer: compile, warm up, record
-                llm.decode(llm.norm.weight.new_zeros(1, 1, llm.cfg.dim), llm.static)
+        nothing = llm.norm.weight.new_zeros(1, 1, llm.cfg.dim)
+        try:
+            with torch.inference_mode():
+                for _ in range(3):  # now, not in the first answer: compile, warm up, record
+                    llm.decode(nothing, llm.static)
+        except RuntimeError as e:  # no C++ compiler, no Triton
+            raise BadInput(f"--compile: {str(e).strip().splitlines()[0]}") from None
     took = time.time() - start
     for part in filter(None, (None if args.compile else model, voice)):
         pack(part)

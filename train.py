@@ -856,7 +856,6 @@ class Trainer:
                 raise BadInput(f"{args.out}: cannot resume, another stage or other flags made it"
                                ) from None
         self.bf16 = args.bf16 or args.shard and self.kind != "cpu"
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(self.bf16)  # the CPU's, too
         if args.shard:
             self.shard()
         self.trainee.module.to(self.device)
@@ -871,6 +870,7 @@ class Trainer:
     def computed(self):
         """In bfloat16 with --bf16; there a CPU's fused attention is slower than its parts."""
         parts = self.bf16 and self.kind == "cpu"
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(parts)  # the CPU's, too
         with torch.autocast(self.kind, torch.bfloat16, enabled=self.bf16), \
                 sdpa_kernel(SDPBackend.MATH) if parts else nullcontext():
             yield

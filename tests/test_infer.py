@@ -151,6 +151,14 @@ def test_compiled_it_says_the_same(checkpoint, run, wav, tmp_path, monkeypatch):
         assert said[0] == said[1] and bool(said[0]["audio"]) == ("tts" in task)
 
 
+def test_what_cannot_be_compiled_is_one_line(checkpoint, run, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("No working C++ compiler found\n\nmore")
+    monkeypatch.setattr(StaticCache, "step", fails)
+    code, out, err = run("--model", checkpoint, "--task", "tts", "--text", "hello", "--compile")
+    assert code == 2 and "No working C++ compiler" in err and err.count("\n") == 1 and not out
+
+
 def damaged(path, cut):
     path.write_bytes(path.read_bytes()[:cut])
 

@@ -928,6 +928,15 @@ def test_orthogonal_steps(shape, bf16, near):
     assert (inside - inside.diagonal().diag()).abs().max() < near
 
 
+@pytest.mark.parametrize("shape", [(320, 768), (768, 320), (384, 384)])
+def test_orthogonal_steps_of_a_poor_gradient_do_not_explode(shape):
+    """What bf16 rounds grows in five turns; where a gradient has but three directions, too."""
+    few = (torch.randn(n, 3, generator=torch.manual_seed(n)) for n in shape)
+    with torch.autocast("cpu", torch.bfloat16):
+        sizes = torch.linalg.svdvals(orthogonal(next(few) @ next(few).T))
+    assert sizes[2] > 0.6 and sizes[0] < 1.3
+
+
 def test_learning_rate():
     def rate(step, lr=5e-6, warmup=8000, steps=10**9, cooldown=0):
         return learning_rate(step, SimpleNamespace(lr=lr, warmup=warmup, steps=steps,
