@@ -33,6 +33,7 @@ import time
 import unicodedata
 import urllib.request
 from collections import Counter, defaultdict
+from dataclasses import replace
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import groupby
@@ -49,11 +50,11 @@ import model as echat
 from data import (IN_EXTRA, LABELS, SAMPLE_RATE, TAGS, BadInput, Judge, earlier, json_lines,
                   messages, place, read_jsonl, read_wave, records, replacing, run_items, sections,
                   spellings, spoken_wave, write_lines, write_wave)
-from decoder import Decoder
+from decoder import Decoder, pack
 from encoder import load_whisper, log_mel
-from flow import Flow, FlowConfig, load_cosyvoice1
+from flow import FlowConfig, load_cosyvoice1
 from infer import AT_ONCE, EMOTION, HERE, Chatbot, Reply, get_ready, pick_device
-from vocoder import HiFT, hift, load_hift, mel_filters, mel_spectrogram
+from vocoder import hift, load_hift, mel_filters, mel_spectrogram
 
 NOTE = "EChat-mini's labels are synthetic. Scores by rules are not the paper's, which are GPT-4o's."
 WORDS = sections("judge.md")
@@ -880,9 +881,13 @@ def cosyvoice(net, wave: Tensor, ids: Tensor, n: int, folder: str) -> tuple[dict
             4 * cfg.mel, cfg.mel, cfg.channels, 0.0, cfg.head_dim, cfg.tf, cfg.mid, cfg.heads,
             "gelu"))).to(device).eval()
     their_hift = HiFTGenerator(f0_predictor=ConvRNNF0Predictor()).to(device).eval()
-    flow, vocoder = Flow(cfg).to(device).eval(), HiFT(hift()).to(device).eval()
+    voice = echat.Token2Wav(replace(net.cfg, flow=cfg, vocoder=hift()), {}).to(device).eval()
+    flow, vocoder = voice.flow, voice.vocoder
     flow.load_state_dict(load_cosyvoice1(their_flow.state_dict()))
     vocoder.load_state_dict(load_hift(their_hift.state_dict()))
+    if net.decoder.norm.weight.dtype == torch.bfloat16:  # ours alone: CosyVoice is fp32 on a CPU
+        voice.bfloat16()
+    pack(voice)
     codes, spk = torch.randint(cfg.codes, (1, 50), device=device), torch.randn(1, 192).to(device)
     none, count = torch.tensor([0], device=device), torch.tensor([50], device=device)
     mel = flow.generate(codes, spk)  # (1, 172, 80)
@@ -1011,8 +1016,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add(lists + " speed", "--model", default=os.path.join(HERE, "assets", "mini"))
     add(lists + " speed", "--device", default="auto")
     add(lists + " speed", "--out", default="runs/eval", help="folder for items and table")
-    add(lists + " speed", "--bf16", action="store_true",
-        help="the model and the flow's U-Net in bfloat16")
+    add(lists + " speed", "--bf16", action="store_true", help="multiply in bfloat16")
     add(lists + " speed", "--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     add(lists + " speed", "--compile", action="store_true", help="the LLM's steps, for a GPU")
     add(lists + " speed", "--seed", type=int, default=0)

@@ -52,12 +52,12 @@ class Conv(nn.Conv1d):
 
     def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
         k, n = self.kernel_size[0], x.shape[1]
-        if not self.causal and k > 1:
-            return super().forward(x.mT).mT
         if k > 1:  # shifts side by side and one matmul: on a CPU twice as fast as conv1d
             x = x if tape is None else tape.extend(x, k - 1)
-            x = F.pad(x, (0, 0, n + k - 1 - x.shape[1], 0))
-            x = torch.stack([x[:, i:i + n] for i in range(k)], -1).flatten(2)  # (B, T, D k)
+            left, right = (n + k - 1 - x.shape[1], 0) if self.causal else (k // 2, k // 2)
+            x = F.pad(x, (0, 0, left, right))
+            x = torch.stack([x[:, i:i + n:self.stride[0]] for i in range(k)], -1)  # (B, T, D, k)
+            x = x.flatten(2)
         return F.linear(x, self.weight.flatten(1), self.bias)
 
 
@@ -118,6 +118,16 @@ def attention_mask(x: Tensor, valid: Tensor | None, past: int, chunk: int,
     return seen | torch.eye(t, dtype=torch.bool, device=x.device)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """SDPA of (B, H, T, hd); on a CPU in bf16, if everybody sees everybody, by its parts, which
+    run 1.4 times as fast there. They take memory, so not for more than some 10 s at once."""
+    if mask is not None or q.dtype != torch.bfloat16 or not q.is_cpu or k.shape[2] > 1024:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    rows, (q, k, v) = q.shape[:2], (x.flatten(0, 1) for x in (q, k, v))
+    scores = torch.baddbmm(q.new_empty(1), q, k.mT, beta=0, alpha=q.shape[-1] ** -0.5)
+    return (scores.float().softmax(-1).to(v) @ v).unflatten(0, rows)
+
+
 # ---- blocks
 
 class Attention(nn.Module):
@@ -146,7 +156,7 @@ class Attention(nn.Module):
             bias = self.distance_bias(q + self.bias_v[:, None], k.shape[2], x)
             mask = bias if mask is None else bias.masked_fill(~mask, float("-inf"))
             q = q + self.bias_u[:, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def distance_bias(self, q: Tensor, s: int, x: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def get_ready(model: echat.EChat, voice: echat.Token2Wav | None, args) -> float:
     if args.bf16:
         model.bfloat16()
         if voice:
-            voice.flow.estimator.bfloat16()
+            voice.bfloat16()
     if args.int8:
         model.decoder.to_int8()
     start, llm = time.time(), model.decoder
@@ -337,7 +337,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--out", help="wav to write, folder, or - for raw PCM on stdout")
     p.add_argument("--json", action="store_true", help="one JSON object a wav on stdout")
     p.add_argument("--interactive", action="store_true", help="several turns, one wav path a line")
-    p.add_argument("--bf16", action="store_true", help="the model and the flow's U-Net in bfloat16")
+    p.add_argument("--bf16", action="store_true", help="multiply in bfloat16")
     p.add_argument("--int8", action="store_true", help="the LLM in 8 bits, on a CPU")
     p.add_argument("--compile", action="store_true",
                    help="compile the LLM's steps first: for a GPU, a CPU gets slower")

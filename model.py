@@ -408,6 +408,12 @@ class Token2Wav(nn.Module):
         self.flow = Flow(cfg.flow)
         self.vocoder = VOCODERS[cfg.vocoder.kind](cfg.vocoder)
 
+    def bfloat16(self) -> "Token2Wav":
+        """Where the time goes in bfloat16: the flow's U-Net, the vocoder's residual blocks."""
+        self.flow.estimator.bfloat16()
+        self.vocoder.bfloat16()
+        return self
+
     def start(self, seed: int = 0, steps: int | None = None,
               voice: dict[str, Tensor] | None = None):
         """The state before the first code; the flow hears the voice's prompt here. `steps` that are

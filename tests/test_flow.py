@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import flow
-from flow import Flow, FlowConfig, load_cosyvoice1, noise
+from flow import Flow, FlowConfig, attend, load_cosyvoice1, noise
 from model import BadCheckpoint, Token2Wav, check, paper
 from vocoder import VocoderConfig
 
@@ -78,6 +78,16 @@ def test_a_u_net_in_bf16_loses_what_its_layers_round_away(cfg):
     pieces, _ = streamed(model, codes, model.start(spk, *voice), [13, 7])
     assert pieces.shape == got.shape and (not cfg.causal or torch.dist(pieces, got) < 0.03
                                           * torch.dist(got, got.mean()))
+
+
+@pytest.mark.parametrize("frames", [1, 90, 1030])  # the last by torch's own
+def test_attention_in_bf16_follows_float32(frames):
+    q, k, v = torch.randn(3, 2, 3, frames, 16)
+    want = attend(q, k, v, None)
+    torch.testing.assert_close(want, (q @ k.mT / 4).softmax(-1) @ v, atol=1e-5, rtol=1e-4)
+    got = attend(*(x.bfloat16() for x in (q, k, v)), None)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), want, atol=0.03, rtol=0.03)
 
 
 def test_one_shot_is_what_training_sees():

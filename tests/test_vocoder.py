@@ -314,6 +314,18 @@ def loud_hift():
     return model
 
 
+@pytest.mark.parametrize("make", [lambda: loud_hift(), lambda: Generator(hifigan(3)).eval()])
+def test_bf16_stays_in_the_residual_blocks(make):
+    model = make()
+    mel = torch.randn(1, 12, model.cfg.n_mels)
+    want = model(mel)
+    low = {name for name, p in model.bfloat16().named_parameters() if p.dtype == torch.bfloat16}
+    assert low == {name for name, _ in model.named_parameters()
+                   if "resblocks." in name and ".alpha" not in name}
+    got = model(mel)
+    assert got.dtype == torch.float32 and 0 < (got - want).norm() < 0.03 * want.norm()
+
+
 @pytest.mark.parametrize("cuts", [(0, 1), (30, 31, 80), tuple(range(1, 90)), (89,)])
 def test_hift_stream_joins_to_the_offline_wave(cuts):
     """Phase and noise go on where the last piece stopped; neither they nor a state are used up."""
