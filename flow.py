@@ -72,7 +72,7 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm on (B, T, D)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.mT).mT
+        return super().forward(x.mT).mT.contiguous()
 
 
 def real_frames(lengths: Tensor, total: int) -> Tensor | None:
@@ -137,18 +137,34 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, head_dim: int, relative: bool):
         super().__init__()
         self.heads, self.relative, inner = heads, relative, heads * head_dim
-        self.q, self.k, self.v = (nn.Linear(dim, inner, bias=relative) for _ in range(3))
+        self.qkv = nn.Linear(dim, 3 * inner, bias=relative)
+        self.register_state_dict_post_hook(self.parted)
+        self.register_load_state_dict_pre_hook(self.joined)
         self.out = nn.Linear(inner, dim)
         if relative:
             self.pos = nn.Linear(dim, inner, bias=False)
             self.bias_u = nn.Parameter(torch.zeros(heads, head_dim))
             self.bias_v = nn.Parameter(torch.zeros(heads, head_dim))
 
+    @staticmethod
+    def parted(self, state: dict, prefix: str, _) -> None:
+        """q, k and v are one product, but files keep them apart, as all do."""
+        for kind, _ in self.qkv.named_parameters():  # weight, bias
+            rows = state.pop(f"{prefix}qkv.{kind}").chunk(3)
+            state.update({f"{prefix}{name}.{kind}": r for name, r in zip("qkv", rows)})
+
+    @staticmethod
+    def joined(self, state: dict, prefix: str, *_) -> None:
+        for kind, _ in self.qkv.named_parameters():
+            keys = [f"{prefix}{name}.{kind}" for name in "qkv"]
+            if all(key in state for key in keys):  # else torch's own error tells what is missing
+                state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
+
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., H, T, hd)
 
     def forward(self, x: Tensor, mask: Tensor | None, tape: Tape | None) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        q, k, v = self.qkv(x).chunk(3, -1)
         if tape is not None:
             k, v = (tape.extend(y, tape.reach) for y in (k, v))  # (B, S, H hd)
         q, k, v = map(self.split, (q, k, v))
