@@ -147,15 +147,15 @@ class Attention(nn.Module):
             self.bias_v = nn.Parameter(torch.zeros(heads, head_dim))
 
     @staticmethod
-    def parted(self, state: dict, prefix: str, _) -> None:
+    def parted(home: "Attention", state: dict, prefix: str, _) -> None:
         """q, k and v are one product, but files keep them apart, as all do."""
-        for kind, _ in self.qkv.named_parameters():  # weight, bias
+        for kind, _ in home.qkv.named_parameters():  # weight, bias
             rows = state.pop(f"{prefix}qkv.{kind}").chunk(3)
             state.update({f"{prefix}{name}.{kind}": r for name, r in zip("qkv", rows)})
 
     @staticmethod
-    def joined(self, state: dict, prefix: str, *_) -> None:
-        for kind, _ in self.qkv.named_parameters():
+    def joined(home: "Attention", state: dict, prefix: str, *_) -> None:
+        for kind, _ in home.qkv.named_parameters():
             keys = [f"{prefix}{name}.{kind}" for name in "qkv"]
             if all(key in state for key in keys):  # else torch's own error tells what is missing
                 state[f"{prefix}qkv.{kind}"] = torch.cat([state.pop(key) for key in keys])
