@@ -245,7 +245,7 @@ class Vocoder(nn.Module):
 
     def bfloat16(self) -> "Vocoder":
         """Convolutions of residual blocks, nearly all of the work of HiFi-GAN and HiFT, in
-        bfloat16; what they add to, phases and spectra stay. The wave changes by -42 dB."""
+        bfloat16; what they add to, phases and spectra stay in float32."""
         for block in self.modules():
             if isinstance(block, ResBlock):
                 block.apply(lambda m: nn.Module.bfloat16(m) if isinstance(m, Conv1d) else m)
