@@ -748,10 +748,10 @@ def main() -> None:
     p.add_argument("--llm", metavar="DIR", help="for a preset: folder of Qwen2.5-...-Instruct")
     args = p.parse_args()
     try:
-        if os.path.isdir(args.source):
-            export(args.source, args.out)
-        elif args.source in PRESETS and args.whisper and args.llm:
+        if args.source in PRESETS and args.whisper and args.llm:  # also if such a folder is there
             compose(args.source, args.whisper, args.llm, args.out)
+        elif os.path.isdir(args.source):
+            export(args.source, args.out)
         else:
             p.error(f"{args.source}: expected a run, or small --whisper FILE --llm DIR")
     except (BadCheckpoint, OSError) as e:
