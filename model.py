@@ -703,11 +703,11 @@ def load_s3(folder: str, device="cpu") -> SpeechTokenizer:
 def export(run: str, out: str) -> None:
     """A run's checkpoint folder without what only training needs, in fp16."""
     save_config(out, load_config(run))
+    shutil.copy(os.path.join(run, "tokenizer.json"), out)  # first: an error where `out` is `run`
     for name in ("model", "token2wav", "tokenizer_s3", "voice"):
         if os.path.exists(path := os.path.join(run, f"{name}.safetensors")):
             save_weights(os.path.join(out, os.path.basename(path)), read_weights(path),
                          torch.float16)
-    shutil.copy(os.path.join(run, "tokenizer.json"), out)
 
 
 def compose(preset: str, whisper: str, llm: str, out: str) -> None:
