@@ -311,15 +311,20 @@ class Decoder(nn.Module):
             mask = every >= cache.pads[:, None]
         if positions is None:
             positions = every[past:] if mask is None else (mask.cumsum(1) - 1).clamp(0)[:, past:]
-        cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         seen = None  # plain causal with nothing cached: the kernel needs no mask and is fastest
         if mask is not None or (past and T > 1):
             seen = every <= every[past:, None]  # (T, S)
             seen = seen if mask is None else seen & mask[:, None, None]  # (B, 1, T, S)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, seen, cache, index)
+        x = self.through_layers(x, positions, seen, cache)
         if cache is not None:
             cache.length += T
+        return x
+
+    def through_layers(self, x: Tensor, positions: Tensor, seen: Tensor | None, cache) -> Tensor:
+        """forward() of a mask `seen` as attention takes it, for plain and compiled steps alike."""
+        cos, sin = rotation(positions, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, seen, cache, index)
         return self.norm(x)
 
     @torch.no_grad()
@@ -353,11 +358,8 @@ class Decoder(nn.Module):
 
     def step(self, x: Tensor, k: list[Tensor], v: list[Tensor], at: Tensor) -> Tensor:
         """decode() of one row x (1, 1, D) at the position `at` (1,) of a StaticCache's k and v."""
-        cos, sin = rotation(at, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         seen = (torch.arange(k[0].shape[2], device=x.device) <= at)[None]  # (1, S)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, seen, Window(k, v, at), index)
-        return self.norm(x)
+        return self.through_layers(x, at, seen, Window(k, v, at))
 
     def logits(self, hidden: Tensor, head: str = "text") -> Tensor:
         """hidden (..., D) -> "text" (..., V), "speech" (..., C + 1), or "joint": both side by
