@@ -71,7 +71,7 @@ def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
     return ids + [speech + cfg.codes] if task == "tts" else ids  # tts opens speech itself
 
 
-# What an understanding task may be asked for, its list tags, and how it is asked.
+# What an understanding task may be asked for, and how it is asked.
 ASKED = ("asr", "age", "gender", "emotion", "event")  # the order of question and answer
 NATURAL = "Think in your own words."  # asks a think-mode model of ours for the natural think
 
@@ -146,8 +146,7 @@ class Config:
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config(adapter=AdapterConfig(384, 320, 4, 4, 512), s3=TokenizerConfig(positions=False),
-                  steps=2)
+    return Config(adapter=AdapterConfig(ffn=512), s3=TokenizerConfig(positions=False), steps=2)
 
 
 def small() -> Config:
@@ -432,7 +431,8 @@ class Token2Wav(nn.Module):
         return wave[0].cpu(), (mel_state, wave_state)
 
 
-# ---- Checkpoint folders: config.json, tokenizer.json and the safetensors files of DESIGN.md
+# ---- Checkpoint folders: config.json, tokenizer.json, and as safetensors model (encoder, adapter,
+# decoder), token2wav (flow, vocoder), tokenizer_s3 and voice
 
 class BadCheckpoint(ValueError):
     """A checkpoint that is missing, damaged or does not fit; the message is one clear line."""
@@ -624,8 +624,9 @@ def read_osum(path: str) -> tuple[Config, dict[str, Tensor]]:
     these weights (only widths of heads are taken as known), and the weights by our names."""
     weights, own, cfg = read_weights(path), {"encoder": {}, "adapter": {}, "decoder": {}}, paper()
     for key, value in weights.items():
-        to_adapter, heard = key.startswith(TO_ADAPTER), key.startswith("encoder.")
-        own["adapter" if to_adapter else "encoder" if heard else "decoder"][key] = value
+        part = "adapter" if key.startswith(TO_ADAPTER) else \
+            "encoder" if key.startswith("encoder.") else "decoder"
+        own[part][key] = value
     for key in ("encoder.embed.conv.0.weight", "speech_llama_proj.weight", "speech_head.weight"):
         if key not in weights:
             raise BadCheckpoint(f"{path}: expected the weights of a released OSUM-EChat, among "
@@ -670,7 +671,7 @@ def load_token2wav(folder: str, voice: str | None = None, device="cpu") -> Token
                     device)
 
 
-def load_cosyvoice(folder: str, voice: str | None, device="cpu") -> Token2Wav:
+def load_cosyvoice(folder: str, voice: str | None, device) -> Token2Wav:
     """Flow and vocoder of the released CosyVoice-300M-25Hz (22.05 kHz), with a voice file; or of
     CosyVoice-300M: its weights look the same, only a voice file tells its 50 codes a second."""
     if not voice:
