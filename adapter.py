@@ -138,7 +138,7 @@ class Adapter(nn.Module):
         x = self.drop(self.embed_ln(self.embed(x)))
         x = self.drop(x * D ** 0.5 + positions(L, D, x.device).to(x.dtype))
         mask = None  # a mask costs SDPA its fastest kernels, so only where lengths differ
-        if bool((lengths < L).any()):
+        if (lengths < L).any():
             mask = (torch.arange(L, device=x.device) < lengths[:, None])[:, None, None]
         for block in self.blocks:
             x = block(x, mask)

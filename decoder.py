@@ -382,10 +382,10 @@ OSUM = {"llama_model.model.": "", "llama_model.lm_head.": "embed_tokens.",
 
 
 def renamed(state: dict[str, Tensor], table: dict[str, str]) -> dict[str, Tensor]:
-    """Keys by the longest prefix of theirs in the table; copies of one weight must agree."""
+    """Keys by their prefix in the table; copies of one weight must agree."""
     found = {}
     for key, value in state.items():
-        prefix = max((p for p in table if key.startswith(p)), key=len, default=None)
+        prefix = next((p for p in table if key.startswith(p)), None)
         if prefix is None:
             raise ValueError(f"{key}: no such weight in the decoder")
         name = table[prefix] + key[len(prefix):]

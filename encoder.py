@@ -26,7 +26,7 @@ from torch import Tensor, nn
 SAMPLE_RATE, N_FFT, HOP = 16000, 400, 160  # 25 ms windows, one every 10 ms
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def mel_filters(sr: int, n_fft: int, n_mels: int, fmin: float, fmax: float) -> Tensor:
     """Triangular mel filters (n_mels, n_fft // 2 + 1) on Slaney's scale, each of equal area."""
     step = math.log(6.4) / 27  # linear to 1 kHz (mel 15), then logarithmic: 27 mels are x6.4
@@ -90,7 +90,7 @@ def sinusoids(length: int, dim: int, device: torch.device | None = None) -> Tens
 
 def frame_mask(lengths: Tensor, size: int) -> Tensor | None:
     """(B, size) True on real frames, or None if every sample fills the batch (the fast path)."""
-    if bool((lengths >= size).all()):
+    if (lengths >= size).all():
         return None
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
