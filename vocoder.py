@@ -94,10 +94,9 @@ def mel_filters(cfg: VocoderConfig, fmax: float) -> Tensor:
     mels = torch.linspace(to_mel(cfg.fmin), to_mel(fmax), cfg.n_mels + 2, dtype=torch.float64)
     hz = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * step))
     bins = torch.linspace(0, cfg.sample_rate / 2, cfg.n_fft // 2 + 1, dtype=torch.float64)
-    slopes = (bins - hz[:, None]) / hz.diff(append=hz[-1:] + 1)[:, None]  # rising, one per corner
-    falls = (hz[2:, None] - bins) / (hz[2:] - hz[1:-1])[:, None]
-    area = 2 / (hz[2:] - hz[:-2])
-    return (torch.minimum(slopes[:-2], falls).clamp(min=0) * area[:, None]).float()
+    low, mid, high = hz[:-2, None], hz[1:-1, None], hz[2:, None]  # (M, 1) each, of one triangle
+    rise, fall = (bins - low) / (mid - low), (high - bins) / (high - mid)
+    return (torch.minimum(rise, fall).clamp(min=0) * (2 / (high - low))).float()
 
 
 def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -> Tensor:
