@@ -431,12 +431,11 @@ class HiFT(Vocoder):
         self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
         self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
         self.m_source = nn.ModuleDict({"l_linear": nn.Linear(HARMONICS, 1)})
-        self.source_downs = nn.ModuleList()  # the source joins each stage at that stage's rate
-        for i in range(len(cfg.rates)):
-            c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
-            self.source_downs.append(Conv1d(bins, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else
-                                     Conv1d(bins, c, 1))
         widths = [channels >> (i + 1) for i in range(len(cfg.rates))]
+        strides = [math.prod(cfg.rates[i + 1:]) for i in range(len(cfg.rates))]
+        self.source_downs = nn.ModuleList(  # the source joins each stage at that stage's rate
+            Conv1d(bins, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else Conv1d(bins, c, 1)
+            for c, r in zip(widths, strides))
         self.source_resblocks = nn.ModuleList(
             ResBlock(c, kernel, (1, 3, 5), snake=True)
             for c, kernel in zip(widths, [7] * (len(widths) - 1) + [11]))
