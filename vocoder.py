@@ -193,7 +193,6 @@ def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleLis
 # ---- source --------------------------------------------------------------------------------------
 
 VOICED = 10  # Hz
-PITCH_REACH = 5  # frames on either side that a pitch depends on
 
 
 class PitchPredictor(nn.Module):
@@ -240,7 +239,7 @@ class Vocoder(nn.Module):
     Each says where phases `begin`, what the source is made of (`excite`), its `context`, and how
     mel and source become a wave (`filter`)."""
 
-    pitch_reach = PITCH_REACH
+    pitch_reach = 5  # frames on either side that a pitch depends on
 
     def bfloat16(self) -> "Vocoder":
         """Convolutions of residual blocks, nearly all of the work of HiFi-GAN and HiFT, in
@@ -353,7 +352,7 @@ class SourceFilter(Vocoder):
 
     def context(self) -> tuple[int, int]:
         reach = 3 * (1 + len(self.blocks)) + 2  # the last: half a short spectrum
-        return reach, reach + PITCH_REACH
+        return reach, reach + self.pitch_reach
 
 
 class Generator(Vocoder):
@@ -415,7 +414,6 @@ class Generator(Vocoder):
 
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
 HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003  # of the source
-REACH = 20  # frames on either side that a sample depends on
 
 
 class HiFT(Vocoder):
@@ -442,7 +440,7 @@ class HiFT(Vocoder):
         self.conv_post = Conv1d(widths[-1], bins, 7)
 
     def context(self) -> tuple[int, int]:
-        return REACH, REACH
+        return 20, 20  # frames on either side that a sample depends on
 
     def begin(self, rows: int, rng: torch.Generator) -> Tensor:
         """All but the fundamental begin anywhere."""
