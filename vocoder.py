@@ -254,7 +254,7 @@ class Vocoder(nn.Module):
         return self.f0_predictor(mel)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
+        """Mel (B, T, M) -> wave (B, T * hop) in [-1, 1]. The source sings at the pitch f0 (B, T) in
         Hz, or at the predicted one; `seed` draws its noise."""
         rng = torch.Generator().manual_seed(seed)
         f0 = self.pitch(mel) if f0 is None else f0
