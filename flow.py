@@ -12,7 +12,7 @@ All features are time-major (B, T, D). References: Lipman et al. 2022 (flow matc
 (U-Net), CosyVoice (conditioning, guidance, cosine grid), Transformer-XL (relative positions).
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -387,11 +387,11 @@ class FlowState:
     cfg: float
     seed: int
     codes: Tensor  # (1, n) not rendered yet, and up to `look_ahead` or EDGE rendered ones before
-    done: int = 0  # codes rendered; of a causal flow, the prompt's included
-    encoder: list[Tensor] = field(default_factory=list)  # tape: keys, values (1, reach, D)
-    solver: list[list[Tensor]] = field(default_factory=list)  # a tape an Euler step (2, n, D)
-    heard: Tensor | None = None  # only full context: codes of the prompt (1, P)
-    tail: Tensor | None = None  # only full context: what the last window made of later codes
+    done: int  # codes rendered; of a causal flow, the prompt's included
+    encoder: list[Tensor]  # tape: keys, values (1, reach, D)
+    solver: list[list[Tensor]]  # a tape an Euler step (2, n, D)
+    heard: Tensor  # codes of the prompt (1, P), which full context sees in every window
+    tail: Tensor  # (1, t, M) only full context: what the last window made of later codes
 
 
 class Flow(nn.Module):
@@ -488,8 +488,8 @@ class Flow(nn.Module):
         if self.cfg.causal:
             prompt_mel = prompt_mel[:, :need]
         state = FlowState(self.voice(spk), self.normalise(prompt_mel), steps, cfg, seed,
-                          prompt_codes[:, :0], 0, [], [], self.check(prompt_codes),
-                          prompt_mel[:, :0])
+                          codes=prompt_codes[:, :0], done=0, encoder=[], solver=[[]] * steps,
+                          heard=self.check(prompt_codes), tail=prompt_mel[:, :0])
         return self.stream(prompt_codes, state, final=False)[1] if self.cfg.causal else state
 
     @torch.no_grad()
@@ -519,7 +519,7 @@ class Flow(nn.Module):
         pad = (ahead - before, before + n + ahead - seen.shape[1])
         reach = cfg.left_chunks * cfg.chunk_codes
         past, tape = min(state.done, reach), Tape(state.encoder, reach)
-        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver or [[]] * state.steps]
+        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver]
         mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
         mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)
