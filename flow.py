@@ -264,10 +264,10 @@ class FlowConfig:
     spread: float = 0.4  # ours: how far mel is from mu, in mel_std; 0 as in CosyVoice: not said
 
     @classmethod
-    def cosyvoice1(cls, codes: int = 4096, rate: int = 25) -> "FlowConfig":
+    def cosyvoice1(cls, rate: int = 25) -> "FlowConfig":
         """CosyVoice-300M-25Hz, or CosyVoice-300M (rate=50), which has the same 104,874,752
         parameters; mel at 22,050 Hz, hop 256, as it is."""
-        return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
+        return cls(codes=4096, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
                    channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
                    chunk=0, left_chunks=0, frames_per_code=22050 / 256 / rate,
                    mel_mean=0.0, mel_std=1.0, spread=0.0)
