@@ -47,7 +47,7 @@ class Conv(nn.Conv1d):
     """Conv1d on (B, T, D). Causal: all padding on the left, or from the tape when streaming."""
 
     def __init__(self, d_in: int, d_out: int, kernel: int, causal: bool = False, stride: int = 1):
-        super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
+        super().__init__(d_in, d_out, kernel, stride)
         self.causal = causal
 
     def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
