@@ -608,11 +608,11 @@ def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) under the names of Flow(FlowConfig.cosyvoice1()). Whoever
     loads the result sees whether all is there, and nothing else."""
     found = {}
-    for key in state:
+    for key, weight in state.items():
         name = key
         for old, new in COSYVOICE1:
             name = name.replace(old, new)
         if name in found:
             raise ValueError(f"{key}: twice in this file")
-        found[name] = state[key]
+        found[name] = weight
     return found
