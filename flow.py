@@ -12,7 +12,7 @@ All features are time-major (B, T, D). References: Lipman et al. 2022 (flow matc
 (U-Net), CosyVoice (conditioning, guidance, cosine grid), Transformer-XL (relative positions).
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -47,7 +47,7 @@ class Conv(nn.Conv1d):
     """Conv1d on (B, T, D). Causal: all padding on the left, or from the tape when streaming."""
 
     def __init__(self, d_in: int, d_out: int, kernel: int, causal: bool = False, stride: int = 1):
-        super().__init__(d_in, d_out, kernel, stride, padding=kernel // 2)
+        super().__init__(d_in, d_out, kernel, stride)
         self.causal = causal
 
     def forward(self, x: Tensor, tape: Tape | None = None) -> Tensor:
@@ -264,10 +264,10 @@ class FlowConfig:
     spread: float = 0.4  # ours: how far mel is from mu, in mel_std; 0 as in CosyVoice: not said
 
     @classmethod
-    def cosyvoice1(cls, codes: int = 4096, rate: int = 25) -> "FlowConfig":
+    def cosyvoice1(cls, rate: int = 25) -> "FlowConfig":
         """CosyVoice-300M-25Hz, or CosyVoice-300M (rate=50), which has the same 104,874,752
         parameters; mel at 22,050 Hz, hop 256, as it is."""
-        return cls(codes=codes, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
+        return cls(codes=4096, dim=512, enc_layers=6, enc_heads=8, enc_ffn=2048, look_ahead=0,
                    channels=(256, 256), mid=12, tf=4, heads=8, time_dim=1024, causal=False,
                    chunk=0, left_chunks=0, frames_per_code=22050 / 256 / rate,
                    mel_mean=0.0, mel_std=1.0, spread=0.0)
@@ -387,11 +387,11 @@ class FlowState:
     cfg: float
     seed: int
     codes: Tensor  # (1, n) not rendered yet, and up to `look_ahead` or EDGE rendered ones before
-    done: int = 0  # codes rendered; of a causal flow, the prompt's included
-    encoder: list[Tensor] = field(default_factory=list)  # tape: keys, values (1, reach, D)
-    solver: list[list[Tensor]] = field(default_factory=list)  # a tape an Euler step (2, n, D)
-    heard: Tensor | None = None  # only full context: codes of the prompt (1, P)
-    tail: Tensor | None = None  # only full context: what the last window made of later codes
+    done: int  # codes rendered; of a causal flow, the prompt's included
+    encoder: list[Tensor]  # tape: keys, values (1, reach, D)
+    solver: list[list[Tensor]]  # a tape an Euler step (2, n, D)
+    heard: Tensor  # codes of the prompt (1, P), which full context sees in every window
+    tail: Tensor  # (1, t, M) only full context: what the last window made of later codes
 
 
 class Flow(nn.Module):
@@ -488,8 +488,8 @@ class Flow(nn.Module):
         if self.cfg.causal:
             prompt_mel = prompt_mel[:, :need]
         state = FlowState(self.voice(spk), self.normalise(prompt_mel), steps, cfg, seed,
-                          prompt_codes[:, :0], 0, [], [], self.check(prompt_codes),
-                          prompt_mel[:, :0])
+                          codes=prompt_codes[:, :0], done=0, encoder=[], solver=[[]] * steps,
+                          heard=self.check(prompt_codes), tail=prompt_mel[:, :0])
         return self.stream(prompt_codes, state, final=False)[1] if self.cfg.causal else state
 
     @torch.no_grad()
@@ -519,7 +519,7 @@ class Flow(nn.Module):
         pad = (ahead - before, before + n + ahead - seen.shape[1])
         reach = cfg.left_chunks * cfg.chunk_codes
         past, tape = min(state.done, reach), Tape(state.encoder, reach)
-        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver or [[]] * state.steps]
+        tapes = [Tape(old, cfg.frames(reach)) for old in state.solver]
         mu = self.mu_proj(self.encoder(self.embed(seen), None, pad, past, tape))  # (1, n, M)
         mu = mu.repeat_interleave(int(cfg.frames_per_code), 1)  # (1, T, M)
         start = cfg.frames(state.done)
@@ -608,11 +608,11 @@ def load_cosyvoice1(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A released flow.pt (25 or 50 Hz) under the names of Flow(FlowConfig.cosyvoice1()). Whoever
     loads the result sees whether all is there, and nothing else."""
     found = {}
-    for key in state:
+    for key, weight in state.items():
         name = key
         for old, new in COSYVOICE1:
             name = name.replace(old, new)
         if name in found:
             raise ValueError(f"{key}: twice in this file")
-        found[name] = state[key]
+        found[name] = weight
     return found

@@ -94,10 +94,9 @@ def mel_filters(cfg: VocoderConfig, fmax: float) -> Tensor:
     mels = torch.linspace(to_mel(cfg.fmin), to_mel(fmax), cfg.n_mels + 2, dtype=torch.float64)
     hz = torch.where(mels < 15, mels * 200 / 3, 1000 * torch.exp((mels - 15) * step))
     bins = torch.linspace(0, cfg.sample_rate / 2, cfg.n_fft // 2 + 1, dtype=torch.float64)
-    slopes = (bins - hz[:, None]) / hz.diff(append=hz[-1:] + 1)[:, None]  # rising, one per corner
-    falls = (hz[2:, None] - bins) / (hz[2:] - hz[1:-1])[:, None]
-    area = 2 / (hz[2:] - hz[:-2])
-    return (torch.minimum(slopes[:-2], falls).clamp(min=0) * area[:, None]).float()
+    low, mid, high = hz[:-2, None], hz[1:-1, None], hz[2:, None]  # (M, 1) each, of one triangle
+    rise, fall = (bins - low) / (mid - low), (high - bins) / (high - mid)
+    return (torch.minimum(rise, fall).clamp(min=0) * (2 / (high - low))).float()
 
 
 def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -> Tensor:
@@ -194,7 +193,6 @@ def trunk(cfg: VocoderConfig, snake: bool = False) -> tuple[Conv1d, nn.ModuleLis
 # ---- source --------------------------------------------------------------------------------------
 
 VOICED = 10  # Hz
-PITCH_REACH = 5  # frames on either side that a pitch depends on
 
 
 class PitchPredictor(nn.Module):
@@ -241,7 +239,7 @@ class Vocoder(nn.Module):
     Each says where phases `begin`, what the source is made of (`excite`), its `context`, and how
     mel and source become a wave (`filter`)."""
 
-    pitch_reach = PITCH_REACH
+    pitch_reach = 5  # frames on either side that a pitch depends on
 
     def bfloat16(self) -> "Vocoder":
         """Convolutions of residual blocks, nearly all of the work of HiFi-GAN and HiFT, in
@@ -256,7 +254,7 @@ class Vocoder(nn.Module):
         return self.f0_predictor(mel)
 
     def forward(self, mel: Tensor, f0: Tensor | None = None, seed: int = 0) -> Tensor:
-        """Mel (B, T, M) -> wave (B, T * hop) in (-1, 1). The source sings at the pitch f0 (B, T) in
+        """Mel (B, T, M) -> wave (B, T * hop) in [-1, 1]. The source sings at the pitch f0 (B, T) in
         Hz, or at the predicted one; `seed` draws its noise."""
         rng = torch.Generator().manual_seed(seed)
         f0 = self.pitch(mel) if f0 is None else f0
@@ -354,7 +352,7 @@ class SourceFilter(Vocoder):
 
     def context(self) -> tuple[int, int]:
         reach = 3 * (1 + len(self.blocks)) + 2  # the last: half a short spectrum
-        return reach, reach + PITCH_REACH
+        return reach, reach + self.pitch_reach
 
 
 class Generator(Vocoder):
@@ -416,7 +414,6 @@ class Generator(Vocoder):
 
 N_FFT, STEP = 16, 4  # of the small STFT on the way in and out
 HARMONICS, AMPLITUDE, NOISE = 9, 0.1, 0.003  # of the source
-REACH = 20  # frames on either side that a sample depends on
 
 
 class HiFT(Vocoder):
@@ -432,19 +429,18 @@ class HiFT(Vocoder):
         self.conv_pre, self.ups, self.resblocks = trunk(cfg, snake=True)
         self.f0_predictor = PitchPredictor(cfg.n_mels, channels)
         self.m_source = nn.ModuleDict({"l_linear": nn.Linear(HARMONICS, 1)})
-        self.source_downs = nn.ModuleList()  # the source joins each stage at that stage's rate
-        for i in range(len(cfg.rates)):
-            c, r = channels >> (i + 1), math.prod(cfg.rates[i + 1 :])
-            self.source_downs.append(Conv1d(bins, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else
-                                     Conv1d(bins, c, 1))
         widths = [channels >> (i + 1) for i in range(len(cfg.rates))]
+        strides = [math.prod(cfg.rates[i + 1:]) for i in range(len(cfg.rates))]
+        self.source_downs = nn.ModuleList(  # the source joins each stage at that stage's rate
+            Conv1d(bins, c, 2 * r, r, padding=(r + 1) // 2) if r > 1 else Conv1d(bins, c, 1)
+            for c, r in zip(widths, strides))
         self.source_resblocks = nn.ModuleList(
             ResBlock(c, kernel, (1, 3, 5), snake=True)
             for c, kernel in zip(widths, [7] * (len(widths) - 1) + [11]))
         self.conv_post = Conv1d(widths[-1], bins, 7)
 
     def context(self) -> tuple[int, int]:
-        return REACH, REACH
+        return 20, 20  # frames on either side that a sample depends on
 
     def begin(self, rows: int, rng: torch.Generator) -> Tensor:
         """All but the fundamental begin anywhere."""
