@@ -655,7 +655,8 @@ def load_voice(path: str, cfg: FlowConfig) -> dict[str, Tensor]:
     if not (codes.dim() == 2 and len(codes) == 1 and not codes.is_floating_point()
             and ((codes >= 0) & (codes < cfg.codes)).all() and spk.shape == (1, cfg.spk_dim)
             and mel.dim() == 3 and mel.shape[::2] == (1, cfg.mel)
-            and mel.shape[1] >= cfg.frames(codes.shape[1]) - spare):
+            and mel.shape[1] >= cfg.frames(codes.shape[1]) - spare
+            and (mel.shape[1] > 0) == (codes.shape[1] > 0)):
         raise BadCheckpoint(f"{path}: not a voice for this model (spk, prompt_codes, prompt_mel)")
     return voice
 

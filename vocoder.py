@@ -110,7 +110,8 @@ def mel_spectrogram(wave: Tensor, cfg: VocoderConfig, full_band: bool = False) -
     window = torch.hann_window(cfg.win, device=wave.device)
     spec = torch.stft(wave, cfg.n_fft, cfg.hop, cfg.win, window, center=False, return_complex=True)
     magnitude = torch.view_as_real(spec).square().sum(-1).add(1e-9).sqrt()  # (B, bins, T)
-    mel = mel_filters(cfg, fmax).to(wave.device) @ magnitude  # (B, M, T)
+    with torch.autocast(wave.device.type, enabled=False):  # 8 bits would blur the target
+        mel = mel_filters(cfg, fmax).to(wave.device) @ magnitude  # (B, M, T)
     return mel.clamp(min=1e-5).log().transpose(1, 2)
 
 

@@ -517,6 +517,17 @@ def test_export_is_half_the_size_and_speaks_the_same(checkpoint, tmp_path, tok):
     assert wave.dtype == torch.float32 and load_s3(str(tmp_path)).codebook.fitted
 
 
+def test_export_onto_itself_leaves_the_run_whole(checkpoint, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(checkpoint, tmp_path / "run")
+    monkeypatch.setattr("sys.argv", ["model.py", str(run), str(run)])
+    with pytest.raises(SystemExit) as end:
+        echat.main()
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    was = echat.read_weights(str(checkpoint / "model.safetensors"))
+    left = echat.read_weights(str(run / "model.safetensors"))
+    assert all(torch.equal(v, left[k]) and v.dtype == left[k].dtype for k, v in was.items())
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -553,6 +564,8 @@ BREAK = {
     "voice of another size": lambda f: rewrite(f / "voice.safetensors", spk=torch.zeros(1, 9)),
     "voice too short": lambda f: rewrite(f / "voice.safetensors",
                                          prompt_mel=torch.zeros(1, 23, 80)),
+    "voice of a mel without codes": lambda f: rewrite(f / "voice.safetensors",
+                                                      prompt_codes=torch.zeros(1, 0).long()),
     "voice of other codes": lambda f: rewrite(f / "voice.safetensors",
                                               prompt_codes=torch.full((1, 6), CODES)),
     "truncated token2wav": lambda f: truncate(f / "token2wav.safetensors"),
@@ -719,6 +732,7 @@ WRONG = {  # what is written, words of the message
     "h.pt": (lambda p: p.write_bytes(b"GGUF" + b"0" * 99), "a GGUF file"),
     "i.safetensors": (lambda p: (save_file({"a": torch.ones(99)}, p), truncate(p)),
                       "safetensors of"),
+    "j.pt": (lambda p: p.write_text("Repository not found"), "a file of"),
 }
 
 
@@ -757,12 +771,14 @@ def parts(folder: Path, tokenizer_folder: Path) -> tuple[str, str]:
 
 def test_small_is_made_of_published_parts(tmp_path, tokenizer_folder, capsys, monkeypatch):
     whisper, llm = parts(tmp_path, tokenizer_folder)
-    out = str(tmp_path / "small")
-    monkeypatch.setattr("sys.argv", ["model.py", "small", "--whisper", whisper, "--llm", llm, out])
-    echat.main()
-    told = capsys.readouterr().err
-    assert "untrained" in told and told.count("\n") == 1
-    model = load_echat(out)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["model.py", "small", "--whisper", whisper, "--llm", llm,
+                                     "small"])
+    for _ in range(2):  # the second time, "small" is a folder, too
+        echat.main()
+        told = capsys.readouterr().err
+        assert "untrained" in told and told.count("\n") == 1
+    model = load_echat("small")
     want = released()[0].encoder.state_dict()
     assert all(torch.equal(v, want[k]) for k, v in model.encoder.state_dict().items())
     with torch.no_grad():

@@ -104,6 +104,13 @@ def test_mel_of_a_batch_is_that_of_each():
     assert torch.allclose(batch[1:2], mel_spectrogram(wave[1:2], VocoderConfig()), atol=1e-5)
 
 
+def test_mel_stays_exact_where_all_else_is_bfloat16():
+    wave = torch.randn(1, 3000)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = mel_spectrogram(wave, TINY)
+    assert torch.equal(inside, mel_spectrogram(wave, TINY))
+
+
 def test_silence_is_the_floor():
     mel = mel_spectrogram(torch.zeros(1, 2400), VocoderConfig())
     assert mel.min() >= np.log(1e-5) - 1e-4 and mel.max() < -6
