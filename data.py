@@ -1488,7 +1488,7 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
                 # floats are scaled when they are written; read as integers, they would all be 0
                 kind = "float32" if f.subtype in ("FLOAT", "DOUBLE") else "int16"
                 f.seek(first)
-                sf.write(wave := io.BytesIO(), f.read(samples, kind), f.samplerate,
+                sf.write(wave := io.BytesIO(), f.read(max(0, samples), kind), f.samplerate,
                          "PCM_16", format="WAV")
             out["wav" + end] = wave.getvalue()
     if past:
