@@ -426,7 +426,8 @@ def count_lines(path: str) -> float:
 
 def reason(e: BadInput) -> str:
     """Why, without the name of a file and what was found there."""
-    return str(e).rpartition(": ")[2].partition(" (")[0]
+    name, _, why = str(e).partition(": ")  # what was found may have a colon, too
+    return (why or name).partition(" (")[0]
 
 
 def attempt(make, record: dict, *more):
