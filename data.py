@@ -190,7 +190,9 @@ def audio(path: str, start: float = 0.0, end: float | None = None):
             first = round(start * f.samplerate)
             last = len(f) if end is None else min(len(f), round(end * f.samplerate))
             yield f, first, last - first
-    except (OSError, RuntimeError, TypeError, UnicodeError) as e:
+    except BadInput:  # of the one who reads
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, OverflowError) as e:
         if not os.path.exists(inside[1] if inside else path):
             raise BadInput(f"{path}: no such file") from None
         raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
