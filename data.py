@@ -394,10 +394,11 @@ def records(path: str, skip: int = 0, first: int = 0):
             extra["q_emotion"] = "<ANGER>"
         if not extra.get("history", True):  # null
             del extra["history"]
-        if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
-            rest = extra.get("history", [{}] * len(turns))
-            extra["history"] = [turn | more for turn, more in zip(turns, rest)]
         try:
+            if turns := isinstance(row, dict) and record.pop("turns", []):
+                # a shard has no room for the codes of its turns: ours are in extra
+                rest = extra.get("history", [{}] * len(turns))
+                extra["history"] = [turn | more for turn, more in zip(turns, rest)]
             yield moved(record, partial(whole, folder=folder))
         except (TypeError, AttributeError):
             yield {"task": "", "txt": "", "extra": {}, "bad": "a path or the history is malformed"}
