@@ -306,6 +306,12 @@ def parsed(path: str, number: int, line: str) -> dict:
         raise BadInput(f"{path}:{number}: not a JSON record") from None
 
 
+def extra_of(row: dict) -> dict:
+    """`extra` of a row as written: there or not, or JSON in a string. ValueError, TypeError: else."""
+    extra = row.get("extra") or {}
+    return dict(json.loads(extra) if isinstance(extra, str) else extra)
+
+
 def read_jsonl(path: str) -> list[dict]:
     """The rows of a file; BadInput names a line that is none."""
     return [parsed(path, *row) for row in lines(path)]
@@ -384,8 +390,7 @@ def records(path: str, skip: int = 0, first: int = 0):
             if not isinstance(record.get(name), str) or not record[name].strip():
                 record |= {name: "", "bad": record.get("bad", f"no {name}")}
         try:
-            extra = record.get("extra") or {}
-            extra = record["extra"] = dict(json.loads(extra) if isinstance(extra, str) else extra)
+            extra = record["extra"] = extra_of(record)
         except (ValueError, TypeError):
             extra = record["extra"] = {}
             record["bad"] = "extra is not JSON"
@@ -1466,12 +1471,12 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
     def filled(path: str):
         for line, record in zip(lines(path), records(path)):
             row = parsed(path, *line)  # as written, paths untouched
-            own = row.get("extra") or {}
-            own = json.loads(own) if isinstance(own, str) else own
-            for home, (_, clip) in zip([own, *(own.get("history") or [])], sayings(record)):
-                if clip in done:
-                    home["speech_token"], row["extra"] = done[clip], own
-                    found["written"] += 1
+            with suppress(ValueError, TypeError):  # a reject, and stays as it is
+                own = extra_of(row)
+                for home, (_, clip) in zip([own, *(own.get("history") or [])], sayings(record)):
+                    if clip in done:
+                        home["speech_token"], row["extra"] = done[clip], own
+                        found["written"] += 1
             yield row
     for path in args.lists:
         write_lines(path, filled(path))
