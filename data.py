@@ -1445,7 +1445,7 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
     s3 = speech_tokenizer(args, args.device)
     source = args.s3 or f"{args.model}/tokenizer_s3.safetensors"
-    part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns)
+    part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns, args.rate)
     with open(part, "a+b") as f:
         whole_lines(f)
         f.seek(0)
