@@ -987,9 +987,9 @@ def splice(x: np.ndarray, kind: str, voice: dict, age: str, split: str, rng) -> 
     if where == 0:
         return np.concatenate([event, gap(), x])
     inner = envelope(x, 960)[len(x) // 5:-len(x) // 5]
-    at = len(x) // 5 + int(np.argmin(inner)) if len(inner) else 0
-    if where == 1 or not at or inner.min() > 0.01:  # no pause: append
+    if where == 1 or len(x) < 800 or inner.min() > 0.01:  # no pause, or none to fade in: append
         return np.concatenate([x, gap(), event])
+    at = len(x) // 5 + int(np.argmin(inner))
     ramp = np.linspace(1, 0, 160)
     head, tail = x[:at].copy(), x[at:].copy()
     head[-160:] *= ramp
