@@ -2059,6 +2059,13 @@ COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-la
             "check": check, "splice": spliced}
 
 
+def positive(word: str) -> int:
+    """The type of a flag."""
+    if int(word) < 1:
+        raise ValueError
+    return int(word)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
@@ -2079,16 +2086,16 @@ def main() -> None:
     add("build", "--bench", action="store_true",
         help="the test sets of EChat-eval and App. C.4 instead")
     add("build splice", "--seed", type=int, default=0)
-    add("build", "--jobs", type=int, default=os.cpu_count())
+    add("build", "--jobs", type=positive, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")
     add("tokenizer", "--vocab", type=int, default=1024)
     add("tokens", "--model", help="folder with tokenizer_s3.safetensors")
     add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
     add("answer", "--model", required=True, help="folder after stage empathy")
-    add("answer", "--batch", type=int, default=32, help="dialogues at a time")
+    add("answer", "--batch", type=positive, default=32, help="dialogues at a time")
     add("pseudo-label answer tokens", "--device", default="cpu")
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
-    add("shards", "--size", type=int, default=1000, help="records a tar")
+    add("shards", "--size", type=positive, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
     add("tokens voice", "--s3",
         help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
@@ -2099,7 +2106,7 @@ def main() -> None:
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
         "is read from ECHAT_JUDGE_KEY")
     add("ask", "--judge-model", required=True, metavar="NAME")
-    add("ask", "--jobs", type=int, default=4, help="requests at a time")
+    add("ask", "--jobs", type=positive, default=4, help="requests at a time")
     add("ask", "--threshold", type=float, default=4.0, help="scores from here on stay")
     for parser in (p, *parsers.values()):  # one line, without the usage
         parser.error = lambda message: p.exit(2, f"data.py: {message}\n")
