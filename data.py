@@ -1761,8 +1761,8 @@ def tokenizer(args: argparse.Namespace) -> None:
                 think, UNKNOWN[1:-1], "system\n", "user\n", "assistant\n",
                 *(f"{start}<{t}>{end}" for t in tags
                   for start, end in (("a.", ""), (" ", ","), ("<think end>", "A")))]
-    with open(args.text, encoding="utf-8") as f:
-        train_tokenizer(f.read().splitlines() + protocol * 300, args.vocab, args.out)
+    texts = [line.rstrip("\n") for _, line in lines(args.text)]
+    train_tokenizer(texts + protocol * 300, args.vocab, args.out)
 
 
 def check(args: argparse.Namespace) -> None:
