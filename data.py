@@ -307,7 +307,8 @@ def parsed(path: str, number: int, line: str) -> dict:
 
 
 def extra_of(row: dict) -> dict:
-    """`extra` of a row as written: there or not, or JSON in a string. ValueError, TypeError: else."""
+    """`extra` of a row as written, where it may be absent or JSON in a string. ValueError or
+    TypeError: it is neither."""
     extra = row.get("extra") or {}
     return dict(json.loads(extra) if isinstance(extra, str) else extra)
 
