@@ -15,6 +15,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
     python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
     python data.py check LIST                    # lint a list, count hours and labels
     python data.py filter LIST --out NEW         # drop texts that are not for speech
+    python data.py splice LIST --out NEW         # put the labelled sound event into each query
     python data.py ask LIST --what multi --judge URL --judge-model NAME --out NEW   # an LLM
 
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
