@@ -230,7 +230,7 @@ def place(turn: dict) -> tuple[str, float, float | None]:
     """Where the audio of a record or of a turn is: file, first and last second. BadInput: none."""
     if not turn.get("wav"):
         raise BadInput("no wav")
-    return turn["wav"], turn.get("start", 0.0), turn.get("end")
+    return turn["wav"], turn.get("start") or 0.0, turn.get("end")
 
 
 def seconds_of(path: str, start: float = 0.0, end: float | None = None) -> float:
