@@ -124,14 +124,14 @@ class Tokenizer:
             self.encoder = tiktoken.Encoding(
                 "echat", mergeable_ranks=ranks, special_tokens=special,
                 pat_str=spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
+            # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a
+            # small vocabulary spells it
+            self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise BadInput(f"{folder}: not a readable tokenizer.json, nor vocab.json, merges.txt "
                            f"and tokenizer_config.json ({e})") from None
         self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
-        # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
-        # vocabulary spells it
-        self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
         self.fixed = cache(self.fixed)  # of this tokenizer, and gone with it
 
     def encode(self, text: str) -> list[int]:
