@@ -446,7 +446,7 @@ def attempt(make, record: dict, *more):
         return record.get("bad") or make(record, *more)
     except BadInput as e:
         return reason(e)
-    except (TypeError, KeyError, AttributeError) as e:  # text where a number should be, and so on
+    except (TypeError, KeyError, AttributeError, UnicodeError) as e:  # text for a number, ...
         return f"malformed: {e}"
 
 
