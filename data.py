@@ -1410,18 +1410,18 @@ def spoken_wave(record: dict, rate: int) -> Tensor:
     return read_wave(path, rate, start, end)
 
 
-def part_of(path: str, *made_from) -> str:
-    """The file in which a command collects what it makes of these things, until it is whole."""
+@contextmanager
+def collected(path: str, *made_from):
+    """The file in which a command collects what it makes of these things, gone when all is done;
+    and how many lines an earlier run left there: one that it left half is cut off."""
     stamp = hashlib.sha1(json.dumps(made_from).encode()).hexdigest()[:8]
-    return f"{path}.{stamp}.part"
-
-
-def whole_lines(f) -> int:
-    """How many lines a part has; a line that a killed run left half is cut off."""
-    f.seek(0)
-    sizes = [len(line) for line in f if line.endswith(b"\n")]
-    f.truncate(sum(sizes))
-    return len(sizes)
+    part = f"{path}.{stamp}.part"
+    with open(part, "a+b") as f:
+        f.seek(0)
+        sizes = [len(line) for line in f if line.endswith(b"\n")]
+        f.truncate(sum(sizes))
+        yield f, len(sizes)
+    os.remove(part)
 
 
 def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
@@ -1447,9 +1447,7 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
     s3 = speech_tokenizer(args, args.device)
     source = args.s3 or f"{args.model}/tokenizer_s3.safetensors"
-    part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns, args.rate)
-    with open(part, "a+b") as f:
-        whole_lines(f)
+    with collected(args.lists[0], source, os.stat(source).st_mtime_ns, args.rate) as (f, _):
         f.seek(0)
         done = {tuple(clip): codes for clip, codes in map(json.loads, f)}
         wanted, found = readable({
@@ -1470,19 +1468,19 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
                 f.flush()
                 done |= new
 
-    def filled(path: str):
-        for line, record in zip(lines(path), records(path)):
-            row = parsed(path, *line)  # as written, paths untouched
-            with suppress(ValueError, TypeError):  # a reject, and stays as it is
-                own = extra_of(row)
-                for home, (_, clip) in zip([own, *(own.get("history") or [])], sayings(record)):
-                    if clip in done:
-                        home["speech_token"], row["extra"] = done[clip], own
-                        found["written"] += 1
-            yield row
-    for path in args.lists:
-        write_lines(path, filled(path))
-    os.remove(part)
+        def filled(path: str):
+            for line, record in zip(lines(path), records(path)):
+                row = parsed(path, *line)  # as written, paths untouched
+                with suppress(ValueError, TypeError):  # a reject, and stays as it is
+                    own = extra_of(row)
+                    past = own.get("history") or []
+                    for home, (_, clip) in zip([own, *past], sayings(record)):
+                        if clip in done:
+                            home["speech_token"], row["extra"] = done[clip], own
+                            found["written"] += 1
+                yield row
+        for path in args.lists:
+            write_lines(path, filled(path))
     if found and not found["written"]:
         raise BadInput(f"{args.lists[0]}: no speech, rejected: {dict(found)}")
     print(json.dumps(found))
@@ -1574,9 +1572,8 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
     each what to count, a list with "written" in it or else the reason why it is left out. All of
     that lies in OUT.*.part, where the same command goes on after a stop. Says counts."""
     times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
-    found, part = Counter(), part_of(args.out, vars(args) | {"batch": 0}, times)
-    with open(part, "a+b") as f:
-        done = whole_lines(f)
+    found = Counter()
+    with collected(args.out, vars(args) | {"batch": 0}, times) as (f, done):
         stream = records(args.list, done)
         with tqdm(desc=args.command, initial=done, total=round(count(args.list)),
                   unit=" records") as bar:
@@ -1592,7 +1589,6 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
                 if not isinstance(told, str):
                     yield record
         write_list(args.out, kept())
-    os.remove(part)
     print(json.dumps(found))
 
 
