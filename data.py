@@ -1807,25 +1807,28 @@ def unfit(record: dict) -> str | None:
             return name
 
 
-def filtered(args: argparse.Namespace) -> None:
-    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
+def sifted(args: argparse.Namespace, judge, *good: str) -> None:
+    """A new list of the records of which `judge`, given one and its number, says something of
+    `good`; it may change them. Says how often it said what."""
     found = Counter()
 
-    def clean():
-        for record in records(args.list):
-            why = attempt(unfit, record)
-            found[why or "written"] += 1
-            if not why:
+    def kept():
+        for number, record in enumerate(records(args.list)):
+            found[said := attempt(judge, record, number)] += 1
+            if said in good:
                 yield record
-    write_list(args.out, clean())
+    write_list(args.out, kept())
     tell(found)
+
+
+def filtered(args: argparse.Namespace) -> None:
+    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
+    sifted(args, lambda record, _: unfit(record) or "written", "written")
 
 
 def spliced(args: argparse.Namespace) -> None:
     """Put the sound event that a record is labelled with into its speech, before it, after it or
     in a pause (App. A.1): a new list, its audio in LIST.wavs; records without one stay."""
-    found = Counter()
-
     def put(record: dict, number: int) -> str:
         labels = known_labels(record)
         if labels.get("event", "OTHER") == "OTHER":
@@ -1839,14 +1842,7 @@ def spliced(args: argparse.Namespace) -> None:
         os.makedirs(os.path.dirname(record["wav"]), exist_ok=True)
         write_wave(record["wav"], torch.from_numpy(0.9 * x / abs(x).max()), QUERY_SR)
         return "spliced"
-
-    def made():
-        for number, record in enumerate(records(args.list)):
-            found[why := attempt(put, record, number)] += 1
-            if why in ("spliced", "no event"):
-                yield record
-    write_list(args.out, made())
-    tell(found)
+    sifted(args, put, "spliced", "no event")
 
 
 def tell(found: Counter) -> None:
