@@ -1766,14 +1766,14 @@ def tokenizer(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace) -> None:
     """Lint lists: counts records, hours, tasks and labels, and problems with their reasons."""
     def seconds(record: dict) -> float:
+        usable(record)
         return seconds_of(*place(record)) if record.get("wav") else 0.0
     for path in args.lists:
         tasks, labels, problems, total = Counter(), Counter(), Counter(), 0.0
         for record in records(path):
             tasks[record["task"]] += 1
             labels.update(map(" ".join, known_labels(record).items()))
-            found = attempt(usable, record)
-            found = found if isinstance(found, str) else attempt(seconds, record)
+            found = attempt(seconds, record)
             if isinstance(found, str):
                 problems[found] += 1
             else:
