@@ -1085,9 +1085,9 @@ def compose(scene: dict, value: tuple, known: dict, bank: dict, rng) -> str:
     core = scene[age.lower()] if age else scene.get((gender or "plain").lower(), scene["plain"])
     core, lead = core.replace(*value), []
     room = 26 - 3 * bool(age or gender) - len(core.split())
-    for kind, skip in (("event", 0), ("emotion", 0.5)):
+    for kind in ("event", "emotion"):
         label = known.get(kind, "OTHER")
-        if label == "OTHER" or label == "NEUTRAL" and rng.random() < skip:
+        if label == "OTHER" or label == "NEUTRAL" and rng.random() < 0.5:
             continue
         both = 1 + (kind == "event" and known.get("emotion", "NEUTRAL") != "NEUTRAL")
         fits = [c for c in bank[kind, label] if len(c.split()) <= max(room // both, 5)]
