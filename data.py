@@ -15,6 +15,7 @@ raw (JSONL: key, wav, txt, task, extra {...}, start, end), shards (a .tar a line
     python data.py voice WAV --s3 speech_tokenizer_v1.onnx --speaker campplus.onnx --out ...
     python data.py check LIST                    # lint a list, count hours and labels
     python data.py filter LIST --out NEW         # drop texts that are not for speech
+    python data.py splice LIST --out NEW         # put the labelled sound event into each query
     python data.py ask LIST --what multi --judge URL --judge-model NAME --out NEW   # an LLM
 
 Tensor legend: B batch, T mel frames (100 Hz), L tokens, N samples.
@@ -123,14 +124,14 @@ class Tokenizer:
             self.encoder = tiktoken.Encoding(
                 "echat", mergeable_ranks=ranks, special_tokens=special,
                 pat_str=spec["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"])
+            # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a
+            # small vocabulary spells it
+            self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise BadInput(f"{folder}: not a readable tokenizer.json, nor vocab.json, merges.txt "
                            f"and tokenizer_config.json ({e})") from None
         self.control = "(" + "|".join(map(re.escape, special)) + ")"
         self.n_vocab = self.encoder.n_vocab
-        # tokens of the unknown-label placeholder `<&&>`: never a target, never attended; a small
-        # vocabulary spells it
-        self.unknown = {i for w, i in ranks.items() if b"&&" in w} or {ranks[b"&"]}
         self.fixed = cache(self.fixed)  # of this tokenizer, and gone with it
 
     def encode(self, text: str) -> list[int]:
@@ -190,7 +191,9 @@ def audio(path: str, start: float = 0.0, end: float | None = None):
             first = round(start * f.samplerate)
             last = len(f) if end is None else min(len(f), round(end * f.samplerate))
             yield f, first, last - first
-    except (OSError, RuntimeError, TypeError, UnicodeError) as e:
+    except BadInput:  # of the one who reads
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, OverflowError) as e:
         if not os.path.exists(inside[1] if inside else path):
             raise BadInput(f"{path}: no such file") from None
         raise BadInput(f"{path}: not a readable audio file ({str(e).strip()})") from None
@@ -227,7 +230,7 @@ def place(turn: dict) -> tuple[str, float, float | None]:
     """Where the audio of a record or of a turn is: file, first and last second. BadInput: none."""
     if not turn.get("wav"):
         raise BadInput("no wav")
-    return turn["wav"], turn.get("start", 0.0), turn.get("end")
+    return turn["wav"], turn.get("start") or 0.0, turn.get("end")
 
 
 def seconds_of(path: str, start: float = 0.0, end: float | None = None) -> float:
@@ -302,6 +305,13 @@ def parsed(path: str, number: int, line: str) -> dict:
         return dict(json.loads(line).items())
     except (ValueError, AttributeError):
         raise BadInput(f"{path}:{number}: not a JSON record") from None
+
+
+def extra_of(row: dict) -> dict:
+    """`extra` of a row as written, where it may be absent or JSON in a string. ValueError or
+    TypeError: it is neither."""
+    extra = row.get("extra") or {}
+    return dict(json.loads(extra) if isinstance(extra, str) else extra)
 
 
 def read_jsonl(path: str) -> list[dict]:
@@ -382,8 +392,7 @@ def records(path: str, skip: int = 0, first: int = 0):
             if not isinstance(record.get(name), str) or not record[name].strip():
                 record |= {name: "", "bad": record.get("bad", f"no {name}")}
         try:
-            extra = record.get("extra") or {}
-            extra = record["extra"] = dict(json.loads(extra) if isinstance(extra, str) else extra)
+            extra = record["extra"] = extra_of(record)
         except (ValueError, TypeError):
             extra = record["extra"] = {}
             record["bad"] = "extra is not JSON"
@@ -392,10 +401,11 @@ def records(path: str, skip: int = 0, first: int = 0):
             extra["q_emotion"] = "<ANGER>"
         if not extra.get("history", True):  # null
             del extra["history"]
-        if turns := record.pop("turns", []):  # this layout has no room for codes: ours are in extra
-            rest = extra.get("history", [{}] * len(turns))
-            extra["history"] = [turn | more for turn, more in zip(turns, rest)]
         try:
+            if turns := isinstance(row, dict) and record.pop("turns", []):
+                # a shard has no room for the codes of its turns: ours are in extra
+                rest = extra.get("history", [{}] * len(turns))
+                extra["history"] = [turn | more for turn, more in zip(turns, rest)]
             yield moved(record, partial(whole, folder=folder))
         except (TypeError, AttributeError):
             yield {"task": "", "txt": "", "extra": {}, "bad": "a path or the history is malformed"}
@@ -426,7 +436,8 @@ def count_lines(path: str) -> float:
 
 def reason(e: BadInput) -> str:
     """Why, without the name of a file and what was found there."""
-    return str(e).rpartition(": ")[2].partition(" (")[0]
+    name, _, why = str(e).partition(": ")  # what was found may have a colon, too
+    return (why or name).partition(" (")[0]
 
 
 def attempt(make, record: dict, *more):
@@ -435,7 +446,7 @@ def attempt(make, record: dict, *more):
         return record.get("bad") or make(record, *more)
     except BadInput as e:
         return reason(e)
-    except (TypeError, KeyError, AttributeError) as e:  # text where a number should be, and so on
+    except (TypeError, KeyError, AttributeError, UnicodeError) as e:  # text for a number, ...
         return f"malformed: {e}"
 
 
@@ -978,9 +989,9 @@ def splice(x: np.ndarray, kind: str, voice: dict, age: str, split: str, rng) -> 
     if where == 0:
         return np.concatenate([event, gap(), x])
     inner = envelope(x, 960)[len(x) // 5:-len(x) // 5]
-    at = len(x) // 5 + int(np.argmin(inner)) if len(inner) else 0
-    if where == 1 or not at or inner.min() > 0.01:  # no pause: append
+    if where == 1 or len(x) < 800 or inner.min() > 0.01:  # no pause, or none to fade in: append
         return np.concatenate([x, gap(), event])
+    at = len(x) // 5 + int(np.argmin(inner))
     ramp = np.linspace(1, 0, 160)
     head, tail = x[:at].copy(), x[at:].copy()
     head[-160:] *= ramp
@@ -1074,9 +1085,9 @@ def compose(scene: dict, value: tuple, known: dict, bank: dict, rng) -> str:
     core = scene[age.lower()] if age else scene.get((gender or "plain").lower(), scene["plain"])
     core, lead = core.replace(*value), []
     room = 26 - 3 * bool(age or gender) - len(core.split())
-    for kind, skip in (("event", 0), ("emotion", 0.5)):
+    for kind in ("event", "emotion"):
         label = known.get(kind, "OTHER")
-        if label == "OTHER" or label == "NEUTRAL" and rng.random() < skip:
+        if label == "OTHER" or label == "NEUTRAL" and rng.random() < 0.5:
             continue
         both = 1 + (kind == "event" and known.get("emotion", "NEUTRAL") != "NEUTRAL")
         fits = [c for c in bank[kind, label] if len(c.split()) <= max(room // both, 5)]
@@ -1399,18 +1410,18 @@ def spoken_wave(record: dict, rate: int) -> Tensor:
     return read_wave(path, rate, start, end)
 
 
-def part_of(path: str, *made_from) -> str:
-    """The file in which a command collects what it makes of these things, until it is whole."""
+@contextmanager
+def collected(path: str, *made_from):
+    """The file in which a command collects what it makes of these things, gone when all is done;
+    and how many lines an earlier run left there: one that it left half is cut off."""
     stamp = hashlib.sha1(json.dumps(made_from).encode()).hexdigest()[:8]
-    return f"{path}.{stamp}.part"
-
-
-def whole_lines(f) -> int:
-    """How many lines a part has; a line that a killed run left half is cut off."""
-    f.seek(0)
-    sizes = [len(line) for line in f if line.endswith(b"\n")]
-    f.truncate(sum(sizes))
-    return len(sizes)
+    part = f"{path}.{stamp}.part"
+    with open(part, "a+b") as f:
+        f.seek(0)
+        sizes = [len(line) for line in f if line.endswith(b"\n")]
+        f.truncate(sum(sizes))
+        yield f, len(sizes)
+    os.remove(part)
 
 
 def speech_tokenizer(args: argparse.Namespace, device: str = "cpu"):
@@ -1436,9 +1447,7 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
         parsed(path, *next(lines(path), (1, "{}")))  # JSONL, or codes would have no place
     s3 = speech_tokenizer(args, args.device)
     source = args.s3 or f"{args.model}/tokenizer_s3.safetensors"
-    part = part_of(args.lists[0], source, os.stat(source).st_mtime_ns)
-    with open(part, "a+b") as f:
-        whole_lines(f)
+    with collected(args.lists[0], source, os.stat(source).st_mtime_ns, args.rate) as (f, _):
         f.seek(0)
         done = {tuple(clip): codes for clip, codes in map(json.loads, f)}
         wanted, found = readable({
@@ -1459,19 +1468,19 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
                 f.flush()
                 done |= new
 
-    def filled(path: str):
-        for line, record in zip(lines(path), records(path)):
-            row = parsed(path, *line)  # as written, paths untouched
-            own = row.get("extra") or {}
-            own = json.loads(own) if isinstance(own, str) else own
-            for home, (_, clip) in zip([own, *(own.get("history") or [])], sayings(record)):
-                if clip in done:
-                    home["speech_token"], row["extra"] = done[clip], own
-                    found["written"] += 1
-            yield row
-    for path in args.lists:
-        write_lines(path, filled(path))
-    os.remove(part)
+        def filled(path: str):
+            for line, record in zip(lines(path), records(path)):
+                row = parsed(path, *line)  # as written, paths untouched
+                with suppress(ValueError, TypeError):  # a reject, and stays as it is
+                    own = extra_of(row)
+                    past = own.get("history") or []
+                    for home, (_, clip) in zip([own, *past], sayings(record)):
+                        if clip in done:
+                            home["speech_token"], row["extra"] = done[clip], own
+                            found["written"] += 1
+                yield row
+        for path in args.lists:
+            write_lines(path, filled(path))
     if found and not found["written"]:
         raise BadInput(f"{args.lists[0]}: no speech, rejected: {dict(found)}")
     print(json.dumps(found))
@@ -1485,8 +1494,10 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
         out["txt" + end] = turn.get("txt", "").encode()
         if turn.get("wav"):
             with audio(*place(turn)) as (f, first, samples):
+                # floats are scaled when they are written; read as integers, they would all be 0
+                kind = "float32" if f.subtype in ("FLOAT", "DOUBLE") else "int16"
                 f.seek(first)
-                sf.write(wave := io.BytesIO(), f.read(samples, "int16"), f.samplerate,
+                sf.write(wave := io.BytesIO(), f.read(max(0, samples), kind), f.samplerate,
                          "PCM_16", format="WAV")
             out["wav" + end] = wave.getvalue()
     if past:
@@ -1561,9 +1572,8 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
     each what to count, a list with "written" in it or else the reason why it is left out. All of
     that lies in OUT.*.part, where the same command goes on after a stop. Says counts."""
     times = [os.stat(p).st_mtime_ns for p in (args.list, f"{args.model}/model.safetensors")]
-    found, part = Counter(), part_of(args.out, vars(args) | {"batch": 0}, times)
-    with open(part, "a+b") as f:
-        done = whole_lines(f)
+    found = Counter()
+    with collected(args.out, vars(args) | {"batch": 0}, times) as (f, done):
         stream = records(args.list, done)
         with tqdm(desc=args.command, initial=done, total=round(count(args.list)),
                   unit=" records") as bar:
@@ -1579,7 +1589,6 @@ def completed(args: argparse.Namespace, work, size: int = 1) -> None:
                 if not isinstance(told, str):
                     yield record
         write_list(args.out, kept())
-    os.remove(part)
     print(json.dumps(found))
 
 
@@ -1750,21 +1759,21 @@ def tokenizer(args: argparse.Namespace) -> None:
                 think, UNKNOWN[1:-1], "system\n", "user\n", "assistant\n",
                 *(f"{start}<{t}>{end}" for t in tags
                   for start, end in (("a.", ""), (" ", ","), ("<think end>", "A")))]
-    with open(args.text, encoding="utf-8") as f:
-        train_tokenizer(f.read().splitlines() + protocol * 300, args.vocab, args.out)
+    texts = [line.rstrip("\n") for _, line in lines(args.text)]
+    train_tokenizer(texts + protocol * 300, args.vocab, args.out)
 
 
 def check(args: argparse.Namespace) -> None:
     """Lint lists: counts records, hours, tasks and labels, and problems with their reasons."""
     def seconds(record: dict) -> float:
+        usable(record)
         return seconds_of(*place(record)) if record.get("wav") else 0.0
     for path in args.lists:
         tasks, labels, problems, total = Counter(), Counter(), Counter(), 0.0
         for record in records(path):
             tasks[record["task"]] += 1
             labels.update(map(" ".join, known_labels(record).items()))
-            found = attempt(usable, record)
-            found = found if isinstance(found, str) else attempt(seconds, record)
+            found = attempt(seconds, record)
             if isinstance(found, str):
                 problems[found] += 1
             else:
@@ -1798,25 +1807,28 @@ def unfit(record: dict) -> str | None:
             return name
 
 
-def filtered(args: argparse.Namespace) -> None:
-    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
+def sifted(args: argparse.Namespace, judge, *good: str) -> None:
+    """A new list of the records of which `judge`, given one and its number, says something of
+    `good`; it may change them. Says how often it said what."""
     found = Counter()
 
-    def clean():
-        for record in records(args.list):
-            why = attempt(unfit, record)
-            found[why or "written"] += 1
-            if not why:
+    def kept():
+        for number, record in enumerate(records(args.list)):
+            found[said := attempt(judge, record, number)] += 1
+            if said in good:
                 yield record
-    write_list(args.out, clean())
+    write_list(args.out, kept())
     tell(found)
+
+
+def filtered(args: argparse.Namespace) -> None:
+    """Drop code, links, e-mail, and what is too long: a list of the records that can be said."""
+    sifted(args, lambda record, _: unfit(record) or "written", "written")
 
 
 def spliced(args: argparse.Namespace) -> None:
     """Put the sound event that a record is labelled with into its speech, before it, after it or
     in a pause (App. A.1): a new list, its audio in LIST.wavs; records without one stay."""
-    found = Counter()
-
     def put(record: dict, number: int) -> str:
         labels = known_labels(record)
         if labels.get("event", "OTHER") == "OTHER":
@@ -1830,14 +1842,7 @@ def spliced(args: argparse.Namespace) -> None:
         os.makedirs(os.path.dirname(record["wav"]), exist_ok=True)
         write_wave(record["wav"], torch.from_numpy(0.9 * x / abs(x).max()), QUERY_SR)
         return "spliced"
-
-    def made():
-        for number, record in enumerate(records(args.list)):
-            found[why := attempt(put, record, number)] += 1
-            if why in ("spliced", "no event"):
-                yield record
-    write_list(args.out, made())
-    tell(found)
+    sifted(args, put, "spliced", "no event")
 
 
 def tell(found: Counter) -> None:
@@ -2048,6 +2053,13 @@ COMMANDS = {"build": build, "tokenizer": tokenizer, "tokens": tokens, "pseudo-la
             "check": check, "splice": spliced}
 
 
+def positive(word: str) -> int:
+    """The type of a flag."""
+    if int(word) < 1:
+        raise ValueError
+    return int(word)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = p.add_subparsers(dest="command", required=True)
@@ -2068,16 +2080,16 @@ def main() -> None:
     add("build", "--bench", action="store_true",
         help="the test sets of EChat-eval and App. C.4 instead")
     add("build splice", "--seed", type=int, default=0)
-    add("build", "--jobs", type=int, default=os.cpu_count())
+    add("build", "--jobs", type=positive, default=os.cpu_count())
     add("tokenizer", "--text", required=True, help="file with one text a line")
     add("tokenizer", "--vocab", type=int, default=1024)
     add("tokens", "--model", help="folder with tokenizer_s3.safetensors")
     add("pseudo-label", "--model", required=True, help="folder after stage paralinguistic")
     add("answer", "--model", required=True, help="folder after stage empathy")
-    add("answer", "--batch", type=int, default=32, help="dialogues at a time")
+    add("answer", "--batch", type=positive, default=32, help="dialogues at a time")
     add("pseudo-label answer tokens", "--device", default="cpu")
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
-    add("shards", "--size", type=int, default=1000, help="records a tar")
+    add("shards", "--size", type=positive, default=1000, help="records a tar")
     add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
     add("tokens voice", "--s3",
         help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
@@ -2088,7 +2100,7 @@ def main() -> None:
     add("ask", "--judge", required=True, metavar="URL", help="chat-completions endpoint; the key "
         "is read from ECHAT_JUDGE_KEY")
     add("ask", "--judge-model", required=True, metavar="NAME")
-    add("ask", "--jobs", type=int, default=4, help="requests at a time")
+    add("ask", "--jobs", type=positive, default=4, help="requests at a time")
     add("ask", "--threshold", type=float, default=4.0, help="scores from here on stay")
     for parser in (p, *parsers.values()):  # one line, without the usage
         parser.error = lambda message: p.exit(2, f"data.py: {message}\n")
