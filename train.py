@@ -833,6 +833,8 @@ class Trainer:
             think=0.0 if "dual-think" in args.ablate else stage.think)
         if args.init and not os.path.isdir(args.init):
             raise BadInput(f"{args.init}: no such folder")
+        if args.resume and not args.init:  # the state has not what a stage leaves as it is
+            args.init = args.out
         self.rank, self.world, self.device, self.patient = setup(args.device)
         self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
