@@ -849,7 +849,7 @@ class Trainer:
         self.bad, self.skipped, self.lost = 0, 0, Counter()  # steps in a row, in all; samples
         state = self.saved() if args.resume else None
         if state:
-            if len(state["data"]["sources"]) != len(args.data):
+            if state["data"] and len(state["data"]["sources"]) != len(args.data):
                 raise BadInput(f"{args.out}: was trained on {len(state['data']['sources'])} lists, "
                                f"--data names {len(args.data)}")
             try:
