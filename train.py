@@ -855,8 +855,7 @@ class Trainer:
             try:
                 self.trainee.module.load_state_dict(state["module"])
             except RuntimeError:
-                raise BadInput(f"{args.out}: cannot resume, another stage or other flags made it"
-                               ) from None
+                raise BadInput(f"{args.out}: {OTHER}") from None
         self.bf16 = args.bf16 or args.shard and self.kind != "cpu"
         if args.shard:
             self.shard()
@@ -1137,7 +1136,14 @@ class Trainer:
                         k: distribute_tensor(v.to(self.device), p.device_mesh, p.placements,
                                              src_data_rank=None) if v.dim() else v
                         for k, v in saved["state"].get(index, {}).items()}
-            optimizer.load_state_dict(saved)
+            turned = [i for group in saved["param_groups"] if group["turned"]
+                      for i in group["params"] if i in saved["state"]]
+            try:
+                if any(("momentum" in saved["state"][i]) != self.args.muon for i in turned):
+                    raise ValueError
+                optimizer.load_state_dict(saved)
+            except ValueError:
+                raise BadInput(f"{self.args.out}: {OTHER}") from None
         if self.rank < len(state["rng"]):  # a rank more than then begins with its own
             for source, rng in zip(self.chance(), state["rng"][self.rank]):
                 source.set_rng_state(rng)
@@ -1148,6 +1154,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
         "L40S": 362e12, "4090": 165e12, "910B": 376e12}
 CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
            "tokenizer_s3.safetensors", "voice.safetensors", "ear.safetensors")
+OTHER = "cannot resume, another stage or other flags made it"
 
 
 def setup(device: str) -> tuple:
