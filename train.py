@@ -749,7 +749,7 @@ def learning_rate(step: int, args) -> float:
 
 def all_reduce(tensors: list[Tensor]) -> None:
     """Sum over ranks, if there are several, in one message."""
-    if not dist.is_initialized():
+    if not (dist.is_initialized() and tensors):
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
