@@ -1126,7 +1126,7 @@ class Trainer:
         self.skipped = state["skipped"]
         self.lost.update({} if self.rank else state["lost"])  # of all ranks
         if "recent" in vars(self.trainee):  # of rank 0 on all: they must agree when it is enough
-            self.trainee.recent = state["recent"]
+            self.trainee.recent = [x.to(self.device) for x in state["recent"]]
         for turn, optimizer in self.optimizers.items():
             saved = state["optimizers"][turn]
             owners = [p for group in optimizer.param_groups for p in group["params"]]
