@@ -282,7 +282,8 @@ class Dialogue:
         self.module = EChat(cfg)
         load_if_there(self.module, args.init, "model.safetensors")
         if args.whisper:
-            weights = load_whisper(echat.read_weights(args.whisper))
+            with echat.expecting("the weights of Whisper", args.whisper):
+                weights = load_whisper(echat.read_weights(args.whisper))
             echat.fit(self.module.encoder, weights, args.whisper)
             self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
@@ -529,7 +530,8 @@ class S3:
         self.cfg, self.args = replace(cfg.s3, vocab=256), args
         self.module = SpeechTokenizer(self.cfg)
         if args.whisper:
-            self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
+            with echat.expecting("the weights of Whisper", args.whisper):
+                self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": list(self.module.parameters())}
         self.step, self.recent = 0, []  # the loop's step; features of the latest batches
 
