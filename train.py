@@ -971,7 +971,8 @@ class Trainer:
     def hardware(self, flops: float) -> dict:
         """The most GB of memory so far, MFU if the device's peak is known, and what was left out:
         steps, and records by reason."""
-        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, ""
         if self.kind in ("cuda", "npu"):
             device = torch.get_device_module(self.kind)
             used, name = device.max_memory_allocated(), device.get_device_name()
