@@ -937,9 +937,10 @@ class Trainer:
         while self.step < args.steps and not self.late(time.time() - begun):
             start = time.time()
             micro = [next(batches) for _ in range(args.accum)]
-            self.data_state = micro[-1][1]
-            if self.data_state["sources"][0]["epoch"] >= args.epochs:
+            state = micro[-1][1]
+            if state["sources"][0]["epoch"] >= args.epochs:
                 break
+            self.data_state = state
             micro = [to(batch, self.device) for batch, _ in micro]
             for batch in micro:
                 self.lost.update(batch.pop("lost", ()))
