@@ -559,7 +559,11 @@ class S3:
                     x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
                 self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
             if self.step > after and len(self.recent) > min(40, after):
-                self.module.codebook.fit(torch.cat(self.recent))
+                found = torch.cat(self.recent)
+                if len(found) < self.cfg.codes:
+                    raise BadInput(f"{len(found)} features for k-means of {self.cfg.codes} codes: "
+                                   "--quantise-after or --batch-tokens is too small")
+                self.module.codebook.fit(found)
                 self.recent = []
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
