@@ -325,14 +325,11 @@ class Dialogue:
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
-        batch = {"ids": data.pad_stack([torch.tensor(s.ids) for s in samples]),
-                 "targets": data.pad_stack([torch.tensor(s.targets) for s in samples], -100),
-                 "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1),
-                 "key": data.pad_stack([torch.tensor(s.key) for s in samples], NEVER),
-                 "query": data.pad_stack([torch.tensor(s.query) for s in samples], NEVER),
-                 "cues": torch.tensor([s.cues for s in samples])}
-        if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
-            batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
+        pads = {"ids": 0, "targets": -100, "part": -1, "key": NEVER, "query": NEVER, "cues": -100}
+        if not all(all(s.attend) for s in samples):
+            pads["attend"] = True  # pads come last: causality hides them
+        batch = {name: data.pad_stack([torch.tensor(getattr(s, name)) for s in samples], pad)
+                 for name, pad in pads.items()}
         if clips := [clip for s in samples for clip in s.audio]:
             mels, lost = [], Counter()
             for row, sample in enumerate(samples):
@@ -341,9 +338,8 @@ class Dialogue:
                     lost[new] += 1
                     new = [torch.zeros(data.frames_of(*clip), self.cfg.encoder.n_mels)
                            for clip in sample.audio]
-                    for name, blank in (("targets", -100), ("part", -1), ("query", NEVER),
-                                        ("cues", -100)):
-                        batch[name][row] = blank
+                    for name in ("targets", "part", "query", "cues"):
+                        batch[name][row] = pads[name]
                 mels += new
             batch["lost"] = dict(lost)  # torch doubles a Counter when it passes it on
             batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
