@@ -889,12 +889,12 @@ class Trainer:
         """Parameter groups: what comes from Whisper may learn at a share of the rate, and what
         the ear spells with at a multiple: before it can, nothing behind it learns much. AdamW
         wants what may be sharded, the decoder, in groups of its own."""
-        scales = {self.trainee.whisper: self.args.whisper_lr,
-                  ("ear.letters.", "adapter.convs.") if self.args.ear else (): 4.0}
+        spells = ("ear.letters.", "adapter.convs.") if self.args.ear else ()
         groups, mine = {}, set(parameters)
         for name, p in self.trainee.module.named_parameters():
             if p in mine:
-                scale = next((v for k, v in scales.items() if name.startswith(k)), 1.0)
+                scale = self.args.whisper_lr if name.startswith(self.trainee.whisper) else \
+                    4.0 if name.startswith(spells) else 1.0
                 turned = p.dim() == 2 and name.startswith(("adapter.blocks.", "decoder.layers."))
                 groups.setdefault((scale, turned, name.startswith("decoder.")), []).append(p)
         return [{"params": own, "scale": scale, "turned": turned}
