@@ -1081,13 +1081,12 @@ class Trainer:
             "recent": getattr(self.trainee, "recent", []),
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}})
         if self.rank == 0:
-            out, init = self.args.out, self.args.init
+            out = self.args.out
             os.makedirs(out, exist_ok=True)
             for name in CARRIED:
-                if init and os.path.exists(os.path.join(init, name)) \
-                        and not os.path.exists(os.path.join(out, name)):
-                    with data.replacing(os.path.join(out, name), "wb") as f, \
-                            open(os.path.join(init, name), "rb") as old:
+                theirs, ours = os.path.join(self.args.init or out, name), os.path.join(out, name)
+                if os.path.exists(theirs) and not os.path.exists(ours):
+                    with data.replacing(ours, "wb") as f, open(theirs, "rb") as old:
                         shutil.copyfileobj(old, f)
             echat.save_config(out, self.cfg)
             self.trainee.save(out, state["module"])
