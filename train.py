@@ -326,8 +326,8 @@ class Dialogue:
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
         pads = {"ids": 0, "targets": -100, "part": -1, "key": NEVER, "query": NEVER, "cues": -100}
-        if not all(all(s.attend) for s in samples):
-            pads["attend"] = True  # pads come last: causality hides them
+        if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
+            pads["attend"] = True
         batch = {name: data.pad_stack([torch.tensor(getattr(s, name)) for s in samples], pad)
                  for name, pad in pads.items()}
         if clips := [clip for s in samples for clip in s.audio]:
