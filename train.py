@@ -46,7 +46,7 @@ import model as echat
 from data import TAG, BadInput, Mixture, Source, Tokenizer
 from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
-from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
+from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
 from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
     generator_loss, mel_loss, mel_spectrogram, stft_loss
 
@@ -189,7 +189,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
     V, close = cfg.decoder.vocab, cfg.decoder.codes
     kind, clips, frames = data.usable(record, close)
-    slots = [echat.EChat.audio_slots(n) for n in frames]
+    slots = [EChat.audio_slots(n) for n in frames]
     speaks, codes = kind in ("tts", "s2s"), extra.get("speech_token") or []
     speech = [V + close, *(V + c for c in codes), V + close]
     if kind == "t2t":
@@ -207,7 +207,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         for name, value in data.known_labels(record).items():
-            sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
+            sample.cues[[*data.LABELS].index(name)] = data.LABELS[name].index(value)
         words, answer = len(TAG.split(txt)[0].encode()), tok.encode(txt)
         at, first = 0, sample.length
         for token in answer:
@@ -355,7 +355,7 @@ class Dialogue:
                     for path, *span in sample.audio]
         except BadInput as e:
             return data.reason(e)
-        slots = sum(echat.EChat.audio_slots(len(mel)) for mel in mels)
+        slots = sum(EChat.audio_slots(len(mel)) for mel in mels)
         return mels if slots == sample.ids.count(AUDIO) else "audio not as long as its header says"
 
     def flops(self, batch: dict) -> float:
@@ -434,7 +434,7 @@ class Dialogue:
             k = torch.cat([cache.kv[index][0][:, 0].expand(len(k), -1, -1), k], 1)  # (B, S, E)
         T, S = q.shape[1], k.shape[1]
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
-            else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
+            else mask.squeeze(1)  # (B, T, S); of a mask for all rows alike (T, S)
         scores = (q @ k.transpose(1, 2) / E ** 0.5).float().masked_fill(~seen, -1e9)
         attention = scores.log_softmax(-1)
         now = batch["query"][:, S - T:, None]  # (B, T, 1)
@@ -464,11 +464,12 @@ class Dialogue:
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
         logits = self.module.ear["cues"](F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
-        for i, part in enumerate(logits.split([len(v) for v in data.LABELS.values()], 1)):
-            if (known := batch["cues"][:, i] >= 0).any():
-                loss = F.cross_entropy(part[known], batch["cues"][known, i])
-                extra, name = extra + loss, f"cue_{ASKED[i + 1]}"
-                stats[name] = (loss.detach() * known.sum(), known.sum())
+        parts = logits.split([len(values) for values in data.LABELS.values()], 1)
+        for name, part, cue in zip(data.LABELS, parts, batch["cues"].T):
+            if (known := cue >= 0).any():
+                loss = F.cross_entropy(part[known], cue[known])
+                extra = extra + loss
+                stats[f"cue_{name}"] = (loss.detach() * known.sum(), known.sum())
         return self.args.ear * extra, stats
 
     def save(self, folder: str, state: dict) -> None:
@@ -946,7 +947,7 @@ class Trainer:
                 self.lost.update(batch.pop("lost", ()))
             waited += time.time() - start
             self.step += 1
-            add(sums, self.update(micro) or {})
+            add(sums, self.update(micro))
             seen += sum(batch["size"] for batch in micro)
             if self.talks:
                 work += sum(map(self.trainee.flops, micro))
@@ -984,8 +985,8 @@ class Trainer:
         return line | {name: what for name, what in (
             ("skipped", self.skipped), ("rejected", dict(rejected))) if what}
 
-    def update(self, micro: list[dict]) -> dict | None:
-        """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
+    def update(self, micro: list[dict]) -> dict:
+        """One optimiser step over the micro-batches of all ranks; {} if it was skipped."""
         trainee = self.trainee
         trainee.step, out = self.step, {}
         total = torch.tensor(float(sum(batch["weight"] for batch in micro)), device=self.device)
@@ -1012,7 +1013,7 @@ class Trainer:
                 self.bad, self.skipped = self.bad + 1, self.skipped + 1
                 if self.bad >= 10:
                     raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
-                return None
+                return {}
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["scale"]
             with self.computed():  # Muon's products; sums of fp32 stay fp32
