@@ -387,15 +387,16 @@ class Dialogue:
         return net.adapter(data.pad_stack(rows).to(mel.dtype), (lengths + 1) // 2)
 
     @torch.no_grad()
-    def reply(self, path: str, device: str) -> str:
-        """What the model answers, greedily, to the first record of a list."""
-        made = (data.attempt(self.make, r, 1, random.Random(0)) for r in data.records(path))
-        asked = next((s for s in made if isinstance(s, Sample)), None)
-        if asked is None:
+    def reply(self, path: str) -> str:
+        """What the model answers, greedily, to the first record of a list that can be used."""
+        for record in data.records(path):
+            asked = data.attempt(self.make, record, 1, random.Random(0))
+            mels = self.mels(asked) if isinstance(asked, Sample) else asked
+            if not isinstance(mels, str):
+                break
+        else:
             return ""
         ids = asked.ids[:next(i for i, part in enumerate(asked.part) if part >= 0)]
-        mels = [data.features(clip, self.cfg.encoder.n_mels, *at).to(device)
-                for clip, *at in asked.audio]
         layout = "speech" if asked.kind == "tts" else "interleave" if "_stream" in asked.kind \
             else "both" if asked.kind.startswith("s2s") else "text"
         said = {"text": [], "speech": []}
@@ -1033,7 +1034,7 @@ class Trainer:
                 batch = to(next(batches)[0], self.device)
                 loss, stats = trainee.loss(trainee.turns[-1], batch)
                 add(sums, stats | {"loss": (loss * batch["weight"], batch["weight"])})
-            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0], self.device)} \
+            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0])} \
                 if self.talks else {}
         trainee.module.train()
         found = {f"valid_{k}": v for k, v in self.means(sums).items()}
