@@ -1034,8 +1034,7 @@ class Trainer:
                 batch = to(next(batches)[0], self.device)
                 loss, stats = trainee.loss(trainee.turns[-1], batch)
                 add(sums, stats | {"loss": (loss * batch["weight"], batch["weight"])})
-            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0])} \
-                if self.talks else {}
+            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0])} if self.talks else {}
         trainee.module.train()
         found = {f"valid_{k}": v for k, v in self.means(sums).items()}
         self.log({"step": self.step} | found | reply)
