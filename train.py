@@ -90,7 +90,7 @@ STAGES = {
 }
 
 # ---------------------------------------------------------------------------------------------
-# The method: a record becomes one sequence. Facts 3.3-3.6 of the released code.
+# The method: a record becomes one sequence, laid out as in the released code.
 
 PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
 # --guide: how near in seconds the text must be to the code, and the user's speech to the word,
@@ -657,8 +657,8 @@ class FlowStage(Voice):
 
 
 class VocoderStage(Voice):
-    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). A source
-    brings 10 x multi-resolution STFT and what teaches the pitch; it sings at the true one."""
+    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel. A source brings 10 x
+    multi-resolution STFT and what teaches the pitch; it sings at the true one."""
 
     turns = ("discriminator", "generator")
 
