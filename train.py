@@ -1144,7 +1144,7 @@ class Trainer:
                       for i in group["params"] if i in saved["state"]]
             try:
                 if any(("momentum" in saved["state"][i]) != self.args.muon for i in turned):
-                    raise ValueError
+                    raise ValueError  # of another optimiser
                 optimizer.load_state_dict(saved)
             except ValueError:
                 raise BadInput(f"{self.args.out}: {OTHER}") from None
