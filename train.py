@@ -46,7 +46,7 @@ import model as echat
 from data import TAG, BadInput, Mixture, Source, Tokenizer
 from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
-from model import ASKED, AUDIO, EChat, Token2Wav, label_think, prompt, think_length
+from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
 from vocoder import Discriminator, discriminator_loss, feature_loss, fold_weights, \
     generator_loss, mel_loss, mel_spectrogram, stft_loss
 
@@ -90,7 +90,7 @@ STAGES = {
 }
 
 # ---------------------------------------------------------------------------------------------
-# The method: a record becomes one sequence. Facts 3.3-3.6 of the released code.
+# The method: a record becomes one sequence, laid out as in the released code.
 
 PARTS = ("asr", "p", "think", "text", "speech")  # whose losses eq. 1-4 add up
 # --guide: how near in seconds the text must be to the code, and the user's speech to the word,
@@ -189,7 +189,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
     task, extra, txt = record["task"], record["extra"], record["txt"].replace("\n", " ")
     V, close = cfg.decoder.vocab, cfg.decoder.codes
     kind, clips, frames = data.usable(record, close)
-    slots = [echat.EChat.audio_slots(n) for n in frames]
+    slots = [EChat.audio_slots(n) for n in frames]
     speaks, codes = kind in ("tts", "s2s"), extra.get("speech_token") or []
     speech = [V + close, *(V + c for c in codes), V + close]
     if kind == "t2t":
@@ -207,7 +207,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         for name, value in data.known_labels(record).items():
-            sample.cues[ASKED.index(name) - 1] = data.LABELS[name].index(value)
+            sample.cues[[*data.LABELS].index(name)] = data.LABELS[name].index(value)
         words, answer = len(TAG.split(txt)[0].encode()), tok.encode(txt)
         at, first = 0, sample.length
         for token in answer:
@@ -282,7 +282,8 @@ class Dialogue:
         self.module = EChat(cfg)
         load_if_there(self.module, args.init, "model.safetensors")
         if args.whisper:
-            weights = load_whisper(echat.read_weights(args.whisper))
+            with echat.expecting("the weights of Whisper", args.whisper):
+                weights = load_whisper(echat.read_weights(args.whisper))
             echat.fit(self.module.encoder, weights, args.whisper)
             self.module.adapter.start_open(self.module.encoder.ln_post)
         self.parameters = {"model": trainable(self.module, stage.trains)}
@@ -324,14 +325,11 @@ class Dialogue:
 
     def collate(self, samples: list[Sample], seed: str) -> dict:
         rng = random.Random(seed)
-        batch = {"ids": data.pad_stack([torch.tensor(s.ids) for s in samples]),
-                 "targets": data.pad_stack([torch.tensor(s.targets) for s in samples], -100),
-                 "part": data.pad_stack([torch.tensor(s.part) for s in samples], -1),
-                 "key": data.pad_stack([torch.tensor(s.key) for s in samples], NEVER),
-                 "query": data.pad_stack([torch.tensor(s.query) for s in samples], NEVER),
-                 "cues": torch.tensor([s.cues for s in samples])}
+        pads = {"ids": 0, "targets": -100, "part": -1, "key": NEVER, "query": NEVER, "cues": -100}
         if not all(all(s.attend) for s in samples):  # pads come last: causality hides them
-            batch["attend"] = data.pad_stack([torch.tensor(s.attend) for s in samples], True)
+            pads["attend"] = True
+        batch = {name: data.pad_stack([torch.tensor(getattr(s, name)) for s in samples], pad)
+                 for name, pad in pads.items()}
         if clips := [clip for s in samples for clip in s.audio]:
             mels, lost = [], Counter()
             for row, sample in enumerate(samples):
@@ -340,9 +338,8 @@ class Dialogue:
                     lost[new] += 1
                     new = [torch.zeros(data.frames_of(*clip), self.cfg.encoder.n_mels)
                            for clip in sample.audio]
-                    for name, blank in (("targets", -100), ("part", -1), ("query", NEVER),
-                                        ("cues", -100)):
-                        batch[name][row] = blank
+                    for name in ("targets", "part", "query", "cues"):
+                        batch[name][row] = pads[name]
                 mels += new
             batch["lost"] = dict(lost)  # torch doubles a Counter when it passes it on
             batch["mel_lengths"] = torch.tensor([len(m) for m in mels])
@@ -358,7 +355,7 @@ class Dialogue:
                     for path, *span in sample.audio]
         except BadInput as e:
             return data.reason(e)
-        slots = sum(echat.EChat.audio_slots(len(mel)) for mel in mels)
+        slots = sum(EChat.audio_slots(len(mel)) for mel in mels)
         return mels if slots == sample.ids.count(AUDIO) else "audio not as long as its header says"
 
     def flops(self, batch: dict) -> float:
@@ -390,15 +387,16 @@ class Dialogue:
         return net.adapter(data.pad_stack(rows).to(mel.dtype), (lengths + 1) // 2)
 
     @torch.no_grad()
-    def reply(self, path: str, device: str) -> str:
-        """What the model answers, greedily, to the first record of a list."""
-        made = (data.attempt(self.make, r, 1, random.Random(0)) for r in data.records(path))
-        asked = next((s for s in made if isinstance(s, Sample)), None)
-        if asked is None:
+    def reply(self, path: str) -> str:
+        """What the model answers, greedily, to the first record of a list that can be used."""
+        for record in data.records(path):
+            asked = data.attempt(self.make, record, 1, random.Random(0))
+            mels = self.mels(asked) if isinstance(asked, Sample) else asked
+            if not isinstance(mels, str):
+                break
+        else:
             return ""
         ids = asked.ids[:next(i for i, part in enumerate(asked.part) if part >= 0)]
-        mels = [data.features(clip, self.cfg.encoder.n_mels, *at).to(device)
-                for clip, *at in asked.audio]
         layout = "speech" if asked.kind == "tts" else "interleave" if "_stream" in asked.kind \
             else "both" if asked.kind.startswith("s2s") else "text"
         said = {"text": [], "speech": []}
@@ -437,7 +435,7 @@ class Dialogue:
             k = torch.cat([cache.kv[index][0][:, 0].expand(len(k), -1, -1), k], 1)  # (B, S, E)
         T, S = q.shape[1], k.shape[1]
         seen = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if mask is None \
-            else mask.squeeze(1) if mask.dim() == 4 else mask  # (B, T, S) or (T, S)
+            else mask.squeeze(1)  # (B, T, S); of a mask for all rows alike (T, S)
         scores = (q @ k.transpose(1, 2) / E ** 0.5).float().masked_fill(~seen, -1e9)
         attention = scores.log_softmax(-1)
         now = batch["query"][:, S - T:, None]  # (B, T, 1)
@@ -467,11 +465,12 @@ class Dialogue:
         real = torch.arange(speech.shape[1], device=speech.device) < lengths[:, None]  # (B, S)
         mean = (speech * real[..., None]).sum(1) / lengths[:, None]
         logits = self.module.ear["cues"](F.rms_norm(mean, mean.shape[1:]))  # (B, 20)
-        for i, part in enumerate(logits.split([len(v) for v in data.LABELS.values()], 1)):
-            if (known := batch["cues"][:, i] >= 0).any():
-                loss = F.cross_entropy(part[known], batch["cues"][known, i])
-                extra, name = extra + loss, f"cue_{ASKED[i + 1]}"
-                stats[name] = (loss.detach() * known.sum(), known.sum())
+        parts = logits.split([len(values) for values in data.LABELS.values()], 1)
+        for name, part, cue in zip(data.LABELS, parts, batch["cues"].T):
+            if (known := cue >= 0).any():
+                loss = F.cross_entropy(part[known], cue[known])
+                extra = extra + loss
+                stats[f"cue_{name}"] = (loss.detach() * known.sum(), known.sum())
         return self.args.ear * extra, stats
 
     def save(self, folder: str, state: dict) -> None:
@@ -529,7 +528,8 @@ class S3:
         self.cfg, self.args = replace(cfg.s3, vocab=256), args
         self.module = SpeechTokenizer(self.cfg)
         if args.whisper:
-            self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
+            with echat.expecting("the weights of Whisper", args.whisper):
+                self.module.init_from_encoder(load_whisper(echat.read_weights(args.whisper)))
         self.parameters = {"model": list(self.module.parameters())}
         self.step, self.recent = 0, []  # the loop's step; features of the latest batches
 
@@ -557,7 +557,11 @@ class S3:
                     x, lengths = self.module.features(batch["mel"], batch["mel_lengths"])
                 self.recent.append(torch.cat([row[:n] for row, n in zip(x, lengths)]))
             if self.step > after and len(self.recent) > min(40, after):
-                self.module.codebook.fit(torch.cat(self.recent))
+                found = torch.cat(self.recent)
+                if len(found) < self.cfg.codes:
+                    raise BadInput(f"{len(found)} features for k-means of {self.cfg.codes} codes: "
+                                   "--quantise-after or --batch-tokens is too small")
+                self.module.codebook.fit(found)
                 self.recent = []
         _, loss, stats = self.module(batch["mel"], batch["mel_lengths"], batch["text"],
                                      batch["text_lengths"])
@@ -653,8 +657,8 @@ class FlowStage(Voice):
 
 
 class VocoderStage(Voice):
-    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel (token2wav facts 2.3). A source
-    brings 10 x multi-resolution STFT and what teaches the pitch; it sings at the true one."""
+    """As HiFi-GAN: least squares GAN, feature matching, 45 x mel. A source brings 10 x
+    multi-resolution STFT and what teaches the pitch; it sings at the true one."""
 
     turns = ("discriminator", "generator")
 
@@ -749,7 +753,7 @@ def learning_rate(step: int, args) -> float:
 
 def all_reduce(tensors: list[Tensor]) -> None:
     """Sum over ranks, if there are several, in one message."""
-    if not dist.is_initialized():
+    if not (dist.is_initialized() and tensors):
         return
     flat = torch.cat([t.flatten() for t in tensors])
     dist.all_reduce(flat)
@@ -833,6 +837,8 @@ class Trainer:
             think=0.0 if "dual-think" in args.ablate else stage.think)
         if args.init and not os.path.isdir(args.init):
             raise BadInput(f"{args.init}: no such folder")
+        if args.resume and not args.init:  # the state has not what a stage leaves as it is
+            args.init = args.out
         self.rank, self.world, self.device, self.patient = setup(args.device)
         self.kind = self.device.split(":")[0]
         torch.manual_seed(args.seed)
@@ -847,14 +853,13 @@ class Trainer:
         self.bad, self.skipped, self.lost = 0, 0, Counter()  # steps in a row, in all; samples
         state = self.saved() if args.resume else None
         if state:
-            if len(state["data"]["sources"]) != len(args.data):
+            if state["data"] and len(state["data"]["sources"]) != len(args.data):
                 raise BadInput(f"{args.out}: was trained on {len(state['data']['sources'])} lists, "
                                f"--data names {len(args.data)}")
             try:
                 self.trainee.module.load_state_dict(state["module"])
             except RuntimeError:
-                raise BadInput(f"{args.out}: cannot resume, another stage or other flags made it"
-                               ) from None
+                raise BadInput(f"{args.out}: {OTHER}") from None
         self.bf16 = args.bf16 or args.shard and self.kind != "cpu"
         if args.shard:
             self.shard()
@@ -886,12 +891,12 @@ class Trainer:
         """Parameter groups: what comes from Whisper may learn at a share of the rate, and what
         the ear spells with at a multiple: before it can, nothing behind it learns much. AdamW
         wants what may be sharded, the decoder, in groups of its own."""
-        scales = {self.trainee.whisper: self.args.whisper_lr,
-                  ("ear.letters.", "adapter.convs.") if self.args.ear else (): 4.0}
+        spells = ("ear.letters.", "adapter.convs.") if self.args.ear else ()
         groups, mine = {}, set(parameters)
         for name, p in self.trainee.module.named_parameters():
             if p in mine:
-                scale = next((v for k, v in scales.items() if name.startswith(k)), 1.0)
+                scale = self.args.whisper_lr if name.startswith(self.trainee.whisper) else \
+                    4.0 if name.startswith(spells) else 1.0
                 turned = p.dim() == 2 and name.startswith(("adapter.blocks.", "decoder.layers."))
                 groups.setdefault((scale, turned, name.startswith("decoder.")), []).append(p)
         return [{"params": own, "scale": scale, "turned": turned}
@@ -934,15 +939,16 @@ class Trainer:
         while self.step < args.steps and not self.late(time.time() - begun):
             start = time.time()
             micro = [next(batches) for _ in range(args.accum)]
-            self.data_state = micro[-1][1]
-            if self.data_state["sources"][0]["epoch"] >= args.epochs:
+            state = micro[-1][1]
+            if state["sources"][0]["epoch"] >= args.epochs:
                 break
+            self.data_state = state
             micro = [to(batch, self.device) for batch, _ in micro]
             for batch in micro:
                 self.lost.update(batch.pop("lost", ()))
             waited += time.time() - start
             self.step += 1
-            add(sums, self.update(micro) or {})
+            add(sums, self.update(micro))
             seen += sum(batch["size"] for batch in micro)
             if self.talks:
                 work += sum(map(self.trainee.flops, micro))
@@ -968,7 +974,8 @@ class Trainer:
     def hardware(self, flops: float) -> dict:
         """The most GB of memory so far, MFU if the device's peak is known, and what was left out:
         steps, and records by reason."""
-        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, ""
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
+        used, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, ""
         if self.kind in ("cuda", "npu"):
             device = torch.get_device_module(self.kind)
             used, name = device.max_memory_allocated(), device.get_device_name()
@@ -979,8 +986,8 @@ class Trainer:
         return line | {name: what for name, what in (
             ("skipped", self.skipped), ("rejected", dict(rejected))) if what}
 
-    def update(self, micro: list[dict]) -> dict | None:
-        """One optimiser step over the micro-batches of all ranks; None if it was skipped."""
+    def update(self, micro: list[dict]) -> dict:
+        """One optimiser step over the micro-batches of all ranks; {} if it was skipped."""
         trainee = self.trainee
         trainee.step, out = self.step, {}
         total = torch.tensor(float(sum(batch["weight"] for batch in micro)), device=self.device)
@@ -1007,7 +1014,7 @@ class Trainer:
                 self.bad, self.skipped = self.bad + 1, self.skipped + 1
                 if self.bad >= 10:
                     raise BadInput(f"10 steps in a row without a finite loss, last at {self.step}")
-                return None
+                return {}
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * group["scale"]
             with self.computed():  # Muon's products; sums of fp32 stay fp32
@@ -1027,8 +1034,7 @@ class Trainer:
                 batch = to(next(batches)[0], self.device)
                 loss, stats = trainee.loss(trainee.turns[-1], batch)
                 add(sums, stats | {"loss": (loss * batch["weight"], batch["weight"])})
-            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0], self.device)} \
-                if self.talks else {}
+            reply = {"reply": trainee.reply(weighted(self.args.valid[0])[0])} if self.talks else {}
         trainee.module.train()
         found = {f"valid_{k}": v for k, v in self.means(sums).items()}
         self.log({"step": self.step} | found | reply)
@@ -1076,13 +1082,12 @@ class Trainer:
             "recent": getattr(self.trainee, "recent", []),
             "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()}})
         if self.rank == 0:
-            out, init = self.args.out, self.args.init
+            out = self.args.out
             os.makedirs(out, exist_ok=True)
             for name in CARRIED:
-                if init and os.path.exists(os.path.join(init, name)) \
-                        and not os.path.exists(os.path.join(out, name)):
-                    with data.replacing(os.path.join(out, name), "wb") as f, \
-                            open(os.path.join(init, name), "rb") as old:
+                theirs, ours = os.path.join(self.args.init or out, name), os.path.join(out, name)
+                if os.path.exists(theirs) and not os.path.exists(ours):
+                    with data.replacing(ours, "wb") as f, open(theirs, "rb") as old:
                         shutil.copyfileobj(old, f)
             echat.save_config(out, self.cfg)
             self.trainee.save(out, state["module"])
@@ -1125,7 +1130,7 @@ class Trainer:
         self.skipped = state["skipped"]
         self.lost.update({} if self.rank else state["lost"])  # of all ranks
         if "recent" in vars(self.trainee):  # of rank 0 on all: they must agree when it is enough
-            self.trainee.recent = state["recent"]
+            self.trainee.recent = [x.to(self.device) for x in state["recent"]]
         for turn, optimizer in self.optimizers.items():
             saved = state["optimizers"][turn]
             owners = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1135,7 +1140,14 @@ class Trainer:
                         k: distribute_tensor(v.to(self.device), p.device_mesh, p.placements,
                                              src_data_rank=None) if v.dim() else v
                         for k, v in saved["state"].get(index, {}).items()}
-            optimizer.load_state_dict(saved)
+            turned = [i for group in saved["param_groups"] if group["turned"]
+                      for i in group["params"] if i in saved["state"]]
+            try:
+                if any(("momentum" in saved["state"][i]) != self.args.muon for i in turned):
+                    raise ValueError  # of another optimiser
+                optimizer.load_state_dict(saved)
+            except ValueError:
+                raise BadInput(f"{self.args.out}: {OTHER}") from None
         if self.rank < len(state["rng"]):  # a rank more than then begins with its own
             for source, rng in zip(self.chance(), state["rng"][self.rank]):
                 source.set_rng_state(rng)
@@ -1146,6 +1158,7 @@ PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 
         "L40S": 362e12, "4090": 165e12, "910B": 376e12}
 CARRIED = ("tokenizer.json", "model.safetensors", "token2wav.safetensors",
            "tokenizer_s3.safetensors", "voice.safetensors", "ear.safetensors")
+OTHER = "cannot resume, another stage or other flags made it"
 
 
 def setup(device: str) -> tuple:
