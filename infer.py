@@ -75,8 +75,8 @@ class Chatbot:
         if self.voice:
             cfg.flow, cfg.vocoder = self.voice.cfg.flow, self.voice.cfg.vocoder
             if cfg.flow.codes != cfg.decoder.codes:
-                raise BadCheckpoint(f"{token2wav}: speaks {cfg.flow.codes} codes, the model "
-                                    f"{cfg.decoder.codes}")
+                raise BadCheckpoint(f"{token2wav or args.model}: speaks {cfg.flow.codes} codes, "
+                                    f"the model {cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
 
     def hear(self, path: str, *span: float) -> torch.Tensor:
