@@ -409,7 +409,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (BadInput, BadCheckpoint, OSError) as e:
-        told = f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e
+        told = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
         print(f"infer.py: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
