@@ -943,7 +943,7 @@ def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question, or beside a peer; first the machine itself."""
     torch.manual_seed(args.seed)
     wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
-    device = pick_device(args.device, args.int8 or args.against == ["fp32"])
+    device = args.device = pick_device(args.device, args.int8 or args.against == ["fp32"])
     block, square = torch.zeros(2, 2**25, device=device), torch.randn(1024, 1024, device=device)
     copied, multiplied = np.median(clock(
         device, lambda: block[0].copy_(block[1]), lambda: square @ square)[:, 1:], 1)
