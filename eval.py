@@ -583,6 +583,8 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
             "requests": len(new), "characters": sum(new), "cached": len(fresh) - len(new)}
     answers = iter(run_items(path, items, client.score, args.jobs))
     for system, reply, kind, chat in asked:
+        if not chat and not reply["verdicts"]:
+            continue  # a shuffled voice with the same event
         got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
         reply["score"] = got.get("score")
         marks.append((system, "unanswered", "error" in got, 1))
