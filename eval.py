@@ -664,7 +664,7 @@ def grade(extra: dict, reply: str, tone: str | None = None, score: float = 0.0):
     elif words := normalise(extra.get("repeat", "")):
         again = edit_distance(words, normalise(reply)) <= len(words) // 5
         yield "repeated", again, 1
-        yield "repeated with emotion", again and tone == extra["emotion"].strip("<>"), 1
+        yield "repeated with emotion", tone == extra["emotion"].strip("<>") and again, 1
     elif "instruction_id_list" in extra:
         done = [follows(reply, *one) for one in zip(extra["instruction_id_list"], (
             {k: v for k, v in given.items() if v is not None} for given in extra["kwargs"]))]
