@@ -655,7 +655,7 @@ def grade(extra: dict, reply: str, tone: str | None = None, score: float = 0.0):
     said = lambda words: f" {' '.join(normalise(words))} " in f" {' '.join(normalise(reply))} "
     if extra.get("refuse"):
         yield "refusal", bool(re.search(WORDS["refusal"], reply, re.I)), 1
-    elif extra.get("open"):
+    elif extra.get("open") and extra["question"]:  # which the judge is shown
         yield "open", score, 1
     elif dim := extra.get("ask"):  # App. C.4
         label = extra[IN_EXTRA[dim]].strip("<>")
@@ -693,7 +693,8 @@ def qa(args) -> tuple[str, dict]:
             [*grade(record["extra"], "")]
         except (LookupError, TypeError, AttributeError):
             raise BadInput(f"{record['key']}: extra has nothing to grade by: answers, choices and "
-                           "answer, refuse, ask, repeat, instruction_id_list and kwargs") from None
+                           "answer, refuse, ask, repeat, open and question, instruction_id_list "
+                           "and kwargs") from None
     if not args.judge and any(record["extra"].get("open") for record in rows):
         raise BadInput("open questions need --judge and --judge-model")
     client = args.judge and Judge(args.judge, args.judge_model)
