@@ -493,7 +493,7 @@ def side_by_side(args, rows: list[dict]) -> list[dict]:
     if "text" in args.control:
         systems["text"] = replies(args, rows, "t2t")
     for path in args.beside:
-        if not (items := json_lines(path, "key")):
+        if not (items := json_lines(path, "key", "text", "labels")):
             raise BadInput(f"{path}: no items of another run")
         systems[Path(path).stem] = items
     systems = {name: {item["key"]: item for item in items if "error" not in item}
