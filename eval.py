@@ -17,6 +17,7 @@ import base64
 import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import json
 import operator
@@ -209,8 +210,11 @@ def outside(tool: str):
             if web:
                 request = urllib.request.Request(tool, Path(f.name).read_bytes(),
                                                  {"Content-Type": "audio/wav"})
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return answer.read().decode(errors="replace").strip()
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        return answer.read().decode(errors="replace").strip()
+                except http.client.HTTPException as e:  # an answer that is no HTTP, or half of it
+                    raise ValueError(f"{tool}: {e!r}") from None
             done = subprocess.run([*shlex.split(tool), f.name], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{tool}: {done.stderr.strip().split(chr(10))[-1] or done.returncode}")
