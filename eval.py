@@ -1011,11 +1011,10 @@ def arguments(argv=None) -> argparse.Namespace:
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")  # one line, without the usage
     commands = p.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
-    def add(names: str, *flags: str, **how):
+    def add(names: str, flag: str, **how):
         for c in map(parsers.get, names.split()):
             c.error = p.error
-            for flag in flags:
-                c.add_argument(flag, **how)
+            c.add_argument(flag, **how)
     lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
     add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
@@ -1060,18 +1059,18 @@ def arguments(argv=None) -> argparse.Namespace:
         "decoding, whisper's encoder, or the flow and vocoder of cosyvoice CHECKOUT; or of --int8 "
         "to fp32")
     args = p.parse_args(argv)
-    if args.command == "speed" and args.against and (
-            args.against[0] not in PEERS
-            or len(args.against) != 1 + (args.against[0] == "cosyvoice")):
-        p.error(f"--against {' '.join(args.against)}: transformers, whisper, fp32 or "
-                "cosyvoice CHECKOUT")
-    if args.command == "speed" and args.against and args.int8:
-        p.error("--against compares full precision; what --int8 gains: --against fp32 without it")
+    given = vars(args).get
+    if against := given("against"):
+        if against[0] not in PEERS or len(against) != 1 + (against[0] == "cosyvoice"):
+            p.error(f"--against {' '.join(against)}: transformers, whisper, fp32 or "
+                    "cosyvoice CHECKOUT")
+        if args.int8:
+            p.error("--against compares full precision; what --int8 gains: --against fp32 without "
+                    "it")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
     if args.command == "echat" and args.speech and args.task == "s2t":
         p.error("--speech is for --task s2s")
-    given = vars(args).get
     if (given("judge") or given("dry_run")) and not (
             re.match("https?://", args.judge or "") and args.judge_model):
         p.error("the judge needs --judge http[s]://... and --judge-model NAME")
