@@ -1060,6 +1060,9 @@ def arguments(argv=None) -> argparse.Namespace:
         "to fp32")
     args = p.parse_args(argv)
     given = vars(args).get
+    for name, least in (("seed", 0), ("steps", 1), ("max_tokens", 1), ("prompt", 1), ("tokens", 2)):
+        if given(name) is not None and not least <= given(name) < 2**63:
+            p.error(f"--{name.replace('_', '-')}: out of range")
     if against := given("against"):
         if against[0] not in PEERS or len(against) != 1 + (against[0] == "cosyvoice"):
             p.error(f"--against {' '.join(against)}: transformers, whisper, fp32 or "
