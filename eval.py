@@ -632,8 +632,7 @@ def follows(reply: str, name: str, given: dict) -> bool | None:
             return json.loads(re.sub(r"^```\w*|```$", "", reply.strip())) is not None
         except ValueError:
             return False
-    rules = [line.rpartition(" | ")[::2] for rule, line in
-             (line.split(": ", 1) for line in WORDS["instructions"].split("\n")) if rule == name]
+    rules = re.findall(rf"^{re.escape(name)}: (.*) \| (.*)", WORDS["instructions"], re.M)
     many = next((k for k, v in given.items() if isinstance(v, list)), "")
     values = [given | {"before": (given.get("nth_paragraph") or 1) - 1} | {many: one}
               for one in given.get(many, [""])]
@@ -644,7 +643,7 @@ def follows(reply: str, name: str, given: dict) -> bool | None:
         for value, (pattern, bound) in ((v, rule) for v in values for rule in rules):
             relation, number = bound.format(**value).rsplit(" ", 1)
             pattern = re.sub(r"\{([a-z_]+)\}", lambda m: re.escape(str(value[m[1]])), pattern)
-            count = sum(1 for _ in re.finditer(pattern, reply.strip(), re.I | re.M))
+            count = len(re.findall(pattern, reply.strip(), re.I | re.M))
             checks.append(compare[relation](count, int(number)))
         return bool(reply.strip()) and all(checks) if checks else None
     except (LookupError, ValueError):
@@ -797,12 +796,10 @@ def clock(device: str, *works) -> np.ndarray:
 def greedy(net, ids: Tensor, n: int) -> Tensor:
     """The n text ids after the prompt ids (1, L), as (1, n)."""
     cache = net.cache(1, ids.shape[1] + n)
-    hidden, out = net.prefill(net.embed(ids), cache), []
-    while True:
-        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
-        if len(out) == n:
-            return torch.cat(out, 1)
-        hidden = net.decode(net.embed(out[-1]), cache)
+    out = [net.logits(net.prefill(net.embed(ids), cache)).argmax(-1)]  # (1, 1) each
+    for _ in range(n - 1):
+        out.append(net.logits(net.decode(net.embed(out[-1]), cache)).argmax(-1))
+    return torch.cat(out, 1)
 
 
 # ---- beside what others use: (what there is to say, part -> their and our seconds (2, 5)) --------
@@ -969,7 +966,8 @@ def speed(args) -> tuple[str, dict]:
     else:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice, compile_s = bot.model, bot.voice, bot.compile_s
-    out |= {"compile_s": compile_s} if args.compile else {}
+    if args.compile:
+        out["compile_s"] = compile_s
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt)) if args.preset else torch.tensor(
         [bot.tok.encode(Path(__file__).read_text())[:args.prompt]])  # (1, L), real words if it can
@@ -999,7 +997,7 @@ def speed(args) -> tuple[str, dict]:
         if device == "cuda":
             out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
-    return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
+    return table([["on a 4 s question", ""], *out.items()]), out
 
 
 COMMANDS = {"echat": empathy, "understand": understand, "convert": convert, "qa": qa, "tts": tts,

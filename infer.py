@@ -65,8 +65,8 @@ class Chatbot:
                                       torch.bfloat16 if args.bf16 else None)
         self.compile_s = get_ready(self.model, self.voice, args)
         cfg = self.model.cfg
-        given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
-        given = {k: v for k, v in given.items() if v is not None}
+        given = {k: v for k in ("temperature", "top_k", "top_p")
+                 if (v := getattr(args, k)) is not None}
         for use in ("understand", "text", "speech"):
             setattr(cfg, use, replace(getattr(cfg, use), **given))
         if self.tok.n_vocab > cfg.decoder.vocab:
