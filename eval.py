@@ -407,7 +407,11 @@ def layout_rows(path: Path):
         return [{"name": path.stem, "parts": path.stem.split("_")}]
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
-        return (audio | part for audio in json.loads(text)["audios"] for part in audio["segments"])
+        try:
+            audios = json.loads(text)["audios"]
+        except (ValueError, LookupError, TypeError):
+            raise BadInput(f"{path}: not WenetSpeech's JSON, or half of it") from None
+        return (audio | part for audio in audios for part in audio["segments"])
     lines = text.splitlines(keepends=True)
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
