@@ -17,6 +17,7 @@ import base64
 import contextlib
 import csv
 import hashlib
+import http.client
 import io
 import json
 import operator
@@ -209,8 +210,11 @@ def outside(tool: str):
             if web:
                 request = urllib.request.Request(tool, Path(f.name).read_bytes(),
                                                  {"Content-Type": "audio/wav"})
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return answer.read().decode(errors="replace").strip()
+                try:
+                    with urllib.request.urlopen(request, timeout=60) as answer:
+                        return answer.read().decode(errors="replace").strip()
+                except http.client.HTTPException as e:  # an answer that is no HTTP, or half of it
+                    raise ValueError(f"{tool}: {e!r}") from None
             done = subprocess.run([*shlex.split(tool), f.name], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{tool}: {done.stderr.strip().split(chr(10))[-1] or done.returncode}")
@@ -403,7 +407,11 @@ def layout_rows(path: Path):
         return [{"name": path.stem, "parts": path.stem.split("_")}]
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
-        return (audio | part for audio in json.loads(text)["audios"] for part in audio["segments"])
+        try:
+            audios = json.loads(text)["audios"]
+        except (ValueError, LookupError, TypeError):
+            raise BadInput(f"{path}: not WenetSpeech's JSON, or half of it") from None
+        return (audio | part for audio in audios for part in audio["segments"])
     lines = text.splitlines(keepends=True)
     if path.suffix == ".txt":
         return (dict(zip(("name", "words"), line.split(None, 1))) for line in lines)
@@ -493,7 +501,7 @@ def side_by_side(args, rows: list[dict]) -> list[dict]:
     if "text" in args.control:
         systems["text"] = replies(args, rows, "t2t")
     for path in args.beside:
-        if not (items := json_lines(path, "key")):
+        if not (items := json_lines(path, "key", "text", "labels")):
             raise BadInput(f"{path}: no items of another run")
         systems[Path(path).stem] = items
     systems = {name: {item["key"]: item for item in items if "error" not in item}
@@ -583,6 +591,8 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
             "requests": len(new), "characters": sum(new), "cached": len(fresh) - len(new)}
     answers = iter(run_items(path, items, client.score, args.jobs))
     for system, reply, kind, chat in asked:
+        if not chat and not reply["verdicts"]:
+            continue  # a shuffled voice with the same event
         got = next(answers) if chat else {"score": float(reply["verdicts"]["event"] == "right")}
         reply["score"] = got.get("score")
         marks.append((system, "unanswered", "error" in got, 1))
@@ -626,8 +636,7 @@ def follows(reply: str, name: str, given: dict) -> bool | None:
             return json.loads(re.sub(r"^```\w*|```$", "", reply.strip())) is not None
         except ValueError:
             return False
-    rules = [line.rpartition(" | ")[::2] for rule, line in
-             (line.split(": ", 1) for line in WORDS["instructions"].split("\n")) if rule == name]
+    rules = re.findall(rf"^{re.escape(name)}: (.*) \| (.*)", WORDS["instructions"], re.M)
     many = next((k for k, v in given.items() if isinstance(v, list)), "")
     values = [given | {"before": (given.get("nth_paragraph") or 1) - 1} | {many: one}
               for one in given.get(many, [""])]
@@ -638,7 +647,7 @@ def follows(reply: str, name: str, given: dict) -> bool | None:
         for value, (pattern, bound) in ((v, rule) for v in values for rule in rules):
             relation, number = bound.format(**value).rsplit(" ", 1)
             pattern = re.sub(r"\{([a-z_]+)\}", lambda m: re.escape(str(value[m[1]])), pattern)
-            count = sum(1 for _ in re.finditer(pattern, reply.strip(), re.I | re.M))
+            count = len(re.findall(pattern, reply.strip(), re.I | re.M))
             checks.append(compare[relation](count, int(number)))
         return bool(reply.strip()) and all(checks) if checks else None
     except (LookupError, ValueError):
@@ -653,7 +662,7 @@ def grade(extra: dict, reply: str, tone: str | None = None, score: float = 0.0):
     said = lambda words: f" {' '.join(normalise(words))} " in f" {' '.join(normalise(reply))} "
     if extra.get("refuse"):
         yield "refusal", bool(re.search(WORDS["refusal"], reply, re.I)), 1
-    elif extra.get("open"):
+    elif extra.get("open") and extra["question"]:  # which the judge is shown
         yield "open", score, 1
     elif dim := extra.get("ask"):  # App. C.4
         label = extra[IN_EXTRA[dim]].strip("<>")
@@ -662,7 +671,7 @@ def grade(extra: dict, reply: str, tone: str | None = None, score: float = 0.0):
     elif words := normalise(extra.get("repeat", "")):
         again = edit_distance(words, normalise(reply)) <= len(words) // 5
         yield "repeated", again, 1
-        yield "repeated with emotion", again and tone == extra["emotion"].strip("<>"), 1
+        yield "repeated with emotion", tone == extra["emotion"].strip("<>") and again, 1
     elif "instruction_id_list" in extra:
         done = [follows(reply, *one) for one in zip(extra["instruction_id_list"], (
             {k: v for k, v in given.items() if v is not None} for given in extra["kwargs"]))]
@@ -691,7 +700,8 @@ def qa(args) -> tuple[str, dict]:
             [*grade(record["extra"], "")]
         except (LookupError, TypeError, AttributeError):
             raise BadInput(f"{record['key']}: extra has nothing to grade by: answers, choices and "
-                           "answer, refuse, ask, repeat, instruction_id_list and kwargs") from None
+                           "answer, refuse, ask, repeat, open and question, instruction_id_list "
+                           "and kwargs") from None
     if not args.judge and any(record["extra"].get("open") for record in rows):
         raise BadInput("open questions need --judge and --judge-model")
     client = args.judge and Judge(args.judge, args.judge_model)
@@ -790,12 +800,10 @@ def clock(device: str, *works) -> np.ndarray:
 def greedy(net, ids: Tensor, n: int) -> Tensor:
     """The n text ids after the prompt ids (1, L), as (1, n)."""
     cache = net.cache(1, ids.shape[1] + n)
-    hidden, out = net.prefill(net.embed(ids), cache), []
-    while True:
-        out.append(net.logits(hidden, "text").argmax(-1))  # (1, 1)
-        if len(out) == n:
-            return torch.cat(out, 1)
-        hidden = net.decode(net.embed(out[-1]), cache)
+    out = [net.logits(net.prefill(net.embed(ids), cache)).argmax(-1)]  # (1, 1) each
+    for _ in range(n - 1):
+        out.append(net.logits(net.decode(net.embed(out[-1]), cache)).argmax(-1))
+    return torch.cat(out, 1)
 
 
 # ---- beside what others use: (what there is to say, part -> their and our seconds (2, 5)) --------
@@ -943,7 +951,7 @@ def speed(args) -> tuple[str, dict]:
     """Every part on a synthetic 4 s question, or beside a peer; first the machine itself."""
     torch.manual_seed(args.seed)
     wave = torch.randn(64000) * 0.1 * torch.linspace(0, 25, 64000).sin()
-    device = pick_device(args.device, args.int8 or args.against == ["fp32"])
+    device = args.device = pick_device(args.device, args.int8 or args.against == ["fp32"])
     block, square = torch.zeros(2, 2**25, device=device), torch.randn(1024, 1024, device=device)
     copied, multiplied = np.median(clock(
         device, lambda: block[0].copy_(block[1]), lambda: square @ square)[:, 1:], 1)
@@ -962,7 +970,8 @@ def speed(args) -> tuple[str, dict]:
     else:
         bot = chatbot(args, "understand" if args.against else "s2s", stream=True)
         net, voice, compile_s = bot.model, bot.voice, bot.compile_s
-    out |= {"compile_s": compile_s} if args.compile else {}
+    if args.compile:
+        out["compile_s"] = compile_s
     out["load_s"] = time.time() - begin
     ids = torch.randint(net.cfg.decoder.vocab, (1, args.prompt)) if args.preset else torch.tensor(
         [bot.tok.encode(Path(__file__).read_text())[:args.prompt]])  # (1, L), real words if it can
@@ -992,7 +1001,7 @@ def speed(args) -> tuple[str, dict]:
         if device == "cuda":
             out["peak_gpu_memory_MB"] = torch.cuda.max_memory_allocated() / 2**20
     out = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in out.items()}
-    return table([["on a 4 s question", ""], *([k, v] for k, v in out.items())]), out
+    return table([["on a 4 s question", ""], *out.items()]), out
 
 
 COMMANDS = {"echat": empathy, "understand": understand, "convert": convert, "qa": qa, "tts": tts,
@@ -1004,11 +1013,10 @@ def arguments(argv=None) -> argparse.Namespace:
     p.error = lambda message: p.exit(2, f"eval.py: {message}\n")  # one line, without the usage
     commands = p.add_subparsers(dest="command", required=True)
     parsers = {name: commands.add_parser(name, help=c.__doc__) for name, c in COMMANDS.items()}
-    def add(names: str, *flags: str, **how):
+    def add(names: str, flag: str, **how):
         for c in map(parsers.get, names.split()):
             c.error = p.error
-            for flag in flags:
-                c.add_argument(flag, **how)
+            c.add_argument(flag, **how)
     lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
     add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
@@ -1053,18 +1061,21 @@ def arguments(argv=None) -> argparse.Namespace:
         "decoding, whisper's encoder, or the flow and vocoder of cosyvoice CHECKOUT; or of --int8 "
         "to fp32")
     args = p.parse_args(argv)
-    if args.command == "speed" and args.against and (
-            args.against[0] not in PEERS
-            or len(args.against) != 1 + (args.against[0] == "cosyvoice")):
-        p.error(f"--against {' '.join(args.against)}: transformers, whisper, fp32 or "
-                "cosyvoice CHECKOUT")
-    if args.command == "speed" and args.against and args.int8:
-        p.error("--against compares full precision; what --int8 gains: --against fp32 without it")
+    given = vars(args).get
+    for name, least in (("seed", 0), ("steps", 1), ("max_tokens", 1), ("prompt", 1), ("tokens", 2)):
+        if given(name) is not None and not least <= given(name) < 2**63:
+            p.error(f"--{name.replace('_', '-')}: out of range")
+    if against := given("against"):
+        if against[0] not in PEERS or len(against) != 1 + (against[0] == "cosyvoice"):
+            p.error(f"--against {' '.join(against)}: transformers, whisper, fp32 or "
+                    "cosyvoice CHECKOUT")
+        if args.int8:
+            p.error("--against compares full precision; what --int8 gains: --against fp32 without "
+                    "it")
     if args.command == "qa" and (args.task, args.asr) == ("s2s", "none"):
         p.error("--task s2s is judged by what --asr hears")
     if args.command == "echat" and args.speech and args.task == "s2t":
         p.error("--speech is for --task s2s")
-    given = vars(args).get
     if (given("judge") or given("dry_run")) and not (
             re.match("https?://", args.judge or "") and args.judge_model):
         p.error("the judge needs --judge http[s]://... and --judge-model NAME")

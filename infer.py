@@ -65,8 +65,8 @@ class Chatbot:
                                       torch.bfloat16 if args.bf16 else None)
         self.compile_s = get_ready(self.model, self.voice, args)
         cfg = self.model.cfg
-        given = {k: getattr(args, k) for k in ("temperature", "top_k", "top_p")}
-        given = {k: v for k, v in given.items() if v is not None}
+        given = {k: v for k in ("temperature", "top_k", "top_p")
+                 if (v := getattr(args, k)) is not None}
         for use in ("understand", "text", "speech"):
             setattr(cfg, use, replace(getattr(cfg, use), **given))
         if self.tok.n_vocab > cfg.decoder.vocab:
@@ -75,8 +75,8 @@ class Chatbot:
         if self.voice:
             cfg.flow, cfg.vocoder = self.voice.cfg.flow, self.voice.cfg.vocoder
             if cfg.flow.codes != cfg.decoder.codes:
-                raise BadCheckpoint(f"{token2wav}: speaks {cfg.flow.codes} codes, the model "
-                                    f"{cfg.decoder.codes}")
+                raise BadCheckpoint(f"{token2wav or args.model}: speaks {cfg.flow.codes} codes, "
+                                    f"the model {cfg.decoder.codes}")
         self.load_s, self.history = time.time() - start, []
 
     def hear(self, path: str, *span: float) -> torch.Tensor:
@@ -142,7 +142,9 @@ class Reply:
         self.mel = None if wav is None else bot.hear(wav, *span)  # (T, n_mels)
         self.history = bot.history  # (mel, reply text, its codes) of earlier turns
         self.words, self.codes, self.waves, self.times = [], [], [], {}
-        self.state, self.spoken, self.last = None, 0, None
+        self.state, self.spoken, self.whole = None, 0, False
+        # The prompt of tts opens speech, in all else the first code does.
+        self.opened = bot.args.task == "tts" and not bot.args.interleave
         self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.hop = bot.voice.flow.hop_codes if bot.voice and bot.args.stream else math.inf
 
@@ -151,16 +153,19 @@ class Reply:
 
     def take(self, phase: str, token: int):
         """A token -> the events that it causes."""
-        self.last = token
         if phase == "text":
+            self.whole = token == self.bot.tok.im_end and not self.bot.voice
             self.note("first_text_s")
             self.words.append(token)
             piece = self.bot.tok.bytes_of(token) if token != self.bot.tok.im_end else b""
             yield "text", self.utf8.decode(piece)
-        elif token != self.bot.model.cfg.decoder.codes:  # not the open or close of speech
+        elif token != self.bot.model.cfg.decoder.codes:
+            self.opened = True
             self.codes.append(token)
             if len(self.codes) - self.spoken >= self.hop:
                 yield from self.speak(False)
+        else:  # the open or close of speech
+            self.whole, self.opened = self.opened, True
 
     def speak(self, final: bool):
         state = self.state or self.bot.start(self.bot.args.seed)
@@ -181,7 +186,6 @@ class Reply:
         rate = bot.model.cfg.vocoder.sample_rate
         seconds = 0.0 if wave is None else len(wave) / rate
         self.note("total_s")
-        whole = bot.model.cfg.decoder.codes if bot.voice else bot.tok.im_end  # what ends a reply
         answer, times = bot.read(self.words), {
             "load_s": round(bot.load_s, 3), "first_text_s": None, "first_audio_s": None,
             **self.times, "rtf": round(self.times["total_s"] / seconds, 3) if seconds else None}
@@ -191,7 +195,7 @@ class Reply:
             bot.history = [*bot.history, (self.mel, answer["text"], self.codes)][-5:]
         yield "done", {
             "wav": self.wav, "task": task, **answer, "audio": None, "sample_rate": rate,
-            "seconds": round(seconds, 3), "codes": len(self.codes), "cut": self.last != whole,
+            "seconds": round(seconds, 3), "codes": len(self.codes), "cut": not self.whole,
             "timings": times}, wave
 
 
@@ -409,7 +413,7 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except (BadInput, BadCheckpoint, OSError) as e:
-        told = f"{e.filename or ''}: {e.strerror or e}" if isinstance(e, OSError) else e
+        told = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) else e
         print(f"infer.py: {told}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
