@@ -1335,8 +1335,8 @@ def write_manifests(out: Path, sets: dict[tuple, list], seconds: dict):
             texts |= dict.fromkeys(t for e in entries for t in (e["txt"], *(
                 e["extra"].get(k) for k in ("q_txt", "question", "think_str"))) if t)
     if texts:
-        (out / "texts.txt").write_text("\n".join(texts) + "\n")
-    (out / "voices.json").write_text(json.dumps(voice_table(), indent=1))
+        (out / "texts.txt").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    (out / "voices.json").write_text(json.dumps(voice_table(), indent=1), encoding="utf-8")
 
 
 def build(args: argparse.Namespace):
@@ -1509,7 +1509,7 @@ def members(record: dict, folder: str) -> dict[str, bytes]:
 def shards(args: argparse.Namespace) -> None:
     """A list as tars of --size records in the released layout, and a list of them; says counts."""
     os.makedirs(args.out, exist_ok=True)
-    stream, names, found = records(args.list), [], Counter()
+    stream, names, found, last = records(args.list), [], Counter(), ""
     while chunk := list(itertools.islice(stream, args.size)):
         names.append(f"shard_{len(names):05d}.tar")
         with replacing(os.path.join(args.out, names[-1]), "wb") as f, \
@@ -1521,6 +1521,9 @@ def shards(args: argparse.Namespace) -> None:
                     continue
                 found["written"] += 1
                 key = record.get("key") or f"{found['written']:08d}"
+                if key == last:  # members in a row that share a key are one record
+                    key += f"_{found['written']}"
+                last = record.get("key")
                 for kind, content in made.items():
                     info = tarfile.TarInfo(f"{key}.{kind}")
                     info.size = len(content)
@@ -1712,7 +1715,7 @@ def voice(args: argparse.Namespace) -> None:
         cfg = config.vocoder
     s3 = speech_tokenizer(args)
     for wav in args.wavs:
-        if frames_of(wav) < 2:
+        if frames_of(wav) < 4:  # of one code
             raise BadInput(f"{wav}: too short")
     heard = features(args.wavs[0], s3.cfg.n_mels)[None]  # (1, T, n_mels)
     mels = [mel_spectrogram(read_wave(w, cfg.sample_rate)[None], cfg) for w in args.wavs]

@@ -308,6 +308,21 @@ def test_shards_hold_what_the_raw_list_says(tmp_path, dialogues, monkeypatch, ca
     assert len(list(data.records(str(tmp_path / "s/shard_00000.tar"), skip=1))) == 1
 
 
+def test_shards_of_floats_of_nothing_and_of_one_key(tmp_path, wav, monkeypatch, capsys):
+    wave = read_wave(wav(0.5))
+    sf.write(tmp_path / "float.wav", wave.numpy(), 16000, "FLOAT")
+    row = {"key": "a", "txt": "hi", "task": "<TRANSCRIBE>", "wav": "float.wav"}
+    path = write_list(tmp_path / "l.jsonl", [
+        row, row | {"txt": "ho"}, row | {"key": "b", "start": 0.4, "end": 0.1}])
+    command(monkeypatch, "shards", path, "--out", tmp_path / "s")
+    assert json.loads(capsys.readouterr().out) == {"written": 3}
+    one, other, empty = data.records(str(tmp_path / "s/shard_00000.tar"))
+    assert [r["txt"] for r in (one, other)] == ["hi", "ho"] and len({one["key"], other["key"]}) == 2
+    assert (read_wave(other["wav"]) - wave).abs().max() < 1e-3 and wave.abs().max() > 0.1
+    with pytest.raises(BadInput):
+        data.usable(empty)
+
+
 def test_combine_lists_take_the_words_of_the_jsonl(tmp_path, dialogues, monkeypatch):
     command(monkeypatch, "shards", dialogues, "--out", tmp_path)
     labels = write_list(tmp_path / "labels.jsonl", [
@@ -549,6 +564,28 @@ def test_tokens_of_a_part_of_a_file_and_of_earlier_turns(tmp_path, wav, checkpoi
         want = s3.encode(mel[None], torch.tensor([len(mel)]))[0][0].tolist()
         assert said["speech_token"] == want
     assert len(part["extra"]["speech_token"]) == 10 and "speech_token" not in gone["extra"]
+
+
+def test_tokens_leave_what_they_cannot_read(tmp_path, wav, checkpoint, monkeypatch, capsys):
+    path = tmp_path / "l.jsonl"
+    rows = [{"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(0.3), "extra": "{"},
+            {"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(0.3), "end": float("inf")},
+            {"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(0.3), "turns": 2},
+            {"txt": "a", "task": "<TEXT2TOKEN>", "wav": wav(0.3), "start": None}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command(monkeypatch, "tokens", path, "--model", checkpoint)
+    assert json.loads(capsys.readouterr().out) == {"not a readable audio file": 1, "written": 2}
+    got = [json.loads(line) for line in open(path)]
+    assert got[:2] == rows[:2] and all(len(r["extra"]["speech_token"]) == 8 for r in got[2:])
+
+
+@pytest.mark.parametrize("words", [["answer", "x", "--model", "m", "--batch", 0],
+                                   ["shards", "x", "--size", 0], ["build", "--jobs", "-1"]])
+def test_nothing_at_a_time_is_one_line(words, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as end:
+        command(monkeypatch, *words, "--out", tmp_path / "out")
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_tokens_go_on_after_a_stop(tmp_path, wav, checkpoint, monkeypatch):
@@ -1023,6 +1060,13 @@ def test_an_event_is_spliced_in_and_the_words_stay(buzz, kind):
         words = [np.abs(scipy.signal.fftconvolve(y, part[::-1])).max() / (part ** 2).sum()
                  for part in (x[1000:7000], x[-9000:-1000])]
         assert min(words) > 0.9
+
+
+def test_splice_of_very_short_speech(buzz):
+    for seed in range(9):
+        y = data.splice(0.1 * np.ones(500, np.float32), "COUGH", an_item()["voice"], "ADULT",
+                        "train", np.random.default_rng(seed))
+        assert np.isfinite(y).all() and len(y) > 1500
 
 
 def test_splice_puts_the_labelled_event_into_a_list(buzz, tmp_path, wav, monkeypatch, capsys):

@@ -626,6 +626,12 @@ def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path):
         sent.append(request) or io.BytesIO(b"happy 0.9\n")))
     assert ev.outside("http://x/y")(torch.zeros(800).numpy()) == "happy 0.9"
     assert sent[0].data[:4] == b"RIFF" and sent[0].full_url == "http://x/y"
+
+    def half(request, timeout):
+        raise ev.http.client.IncompleteRead(b"ha")
+    monkeypatch.setattr(ev.urllib.request, "urlopen", half)
+    with pytest.raises(ValueError, match="http://x/y: IncompleteRead"):
+        ev.outside("http://x/y")(torch.zeros(800).numpy())
     tool = ["--emotion", f"{sys.executable} {tmp_path / 'judge.py'}"]
     data = ["--data", str(world / "talk.jsonl"), "--control", "perfect", *tool]
     result = call(world, monkeypatch, capsys, "echat", *data)[1]
@@ -729,7 +735,8 @@ def test_works_take_turns(monkeypatch):
 
 @pytest.mark.parametrize("argv", [
     ["--judge", "http://x"], ["--dry-run"], ["--think", "loud"],
-    ["--judge", "localhost:80", "--judge-model", "m"], ["--limit", "few"]])
+    ["--judge", "localhost:80", "--judge-model", "m"], ["--limit", "few"], ["--seed", "-1"],
+    ["--steps", "0"], ["--max-tokens", "0"]])
 def test_bad_arguments(argv, capsys):
     with pytest.raises(SystemExit) as stop:
         ev.arguments(["echat", "--data", "x", *argv])

@@ -17,6 +17,7 @@ from test_model import released
 import infer
 import model as echat
 from decoder import StaticCache
+from infer import Reply
 from vocoder import HiFT, VocoderConfig
 
 
@@ -208,6 +209,24 @@ def test_floats_of_any_size_sound_alike(checkpoint, run, tmp_path):
         said += answers_of(run(tmp_path / "a.wav", "--model", checkpoint, "--task", "understand",
                                "--json", "--max-tokens", 20)[1])
     assert said[0] == said[1] and said[0]["cut"]
+
+
+@pytest.mark.parametrize("task, interleave, said, whole", [
+    ("s2s", False, "a a . | 5 5 |", True), ("s2s", False, "a a . |", False),
+    ("s2s", False, "a a . | 5", False), ("s2s", False, "a a", False),
+    ("s2s", True, "a a 5 5 a . 5 |", True), ("s2s", True, "a a 5 5 a .", False),
+    ("tts", False, "5 5 |", True), ("tts", False, "5 5", False), ("tts", False, "|", True)])
+def test_a_reply_is_whole_once_its_speech_closes(tok, task, interleave, said, whole):
+    """a text, . its end, 5 a code, | what opens speech and closes it, one code for both."""
+    bot = SimpleNamespace(
+        tok=tok, voice=True, history=[], model=SimpleNamespace(cfg=tiny_config()),
+        args=SimpleNamespace(task=task, interleave=interleave, stream=False))
+    reply = Reply(bot, None, "")
+    for word in said.split():
+        phase, token = {"a": ("text", tok.encode("a")[0]), ".": ("text", tok.im_end),
+                        "5": ("speech", 5), "|": ("speech", CODES)}[word]
+        list(reply.take(phase, token))
+    assert reply.whole == whole
 
 
 def test_raw_audio_on_stdout(checkpoint, wav, tmp_path, monkeypatch, capsysbinary):

@@ -687,6 +687,29 @@ def test_a_resumed_run_is_the_uninterrupted_one(run, lists, stage, flags):
     assert losses(whole) == losses(parts)
 
 
+def test_a_run_goes_on_from_its_own_folder(run, spoken, checkpoint):
+    """--resume without --init: what the stage leaves as it is stays, too."""
+    run("vocoder", [spoken[0]], batch_tokens=400, mel_only=3)
+    trainer = run("vocoder", [spoken[0]], init=None, steps=2, resume=True, batch_tokens=400,
+                  mel_only=3)
+    was, now = (read_weights(os.path.join(folder, "token2wav.safetensors"))
+                for folder in (checkpoint, trainer.args.out))
+    assert was.keys() == now.keys()
+    same = {k.partition(".")[0]: torch.equal(v, now[k]) for k, v in was.items()}
+    assert same == {"flow": True, "vocoder": False}
+
+
+def test_a_run_goes_on_from_before_its_first_step_and_after_its_last_epoch(run, lists):
+    data, flags = [lists["asr"]], dict(batch_tokens=30)
+    whole = run("align", data, "whole", steps=None, epochs=2, **flags)
+    for more in ({"steps": 0}, {"steps": None, "epochs": 1, "resume": True},
+                 {"steps": None, "epochs": 2, "resume": True}):
+        parts = run("align", data, "parts", **flags, **more)
+    assert parts.step == whole.step == 4
+    assert all(torch.equal(a, b) for a, b in zip(whole.trainee.module.parameters(),
+                                                 parts.trainee.module.parameters()))
+
+
 def test_a_worker_process_changes_nothing(run, lists):
     a, b = (run("align", lists["align"], f"w{n}", steps=3, workers=n) for n in (0, 1))
     assert torch.equal(*(torch.cat([p.flatten() for p in t.trainee.module.parameters()])
@@ -983,9 +1006,17 @@ def test_bad_lists_end_with_one_line(run, lists, tmp_path, capsys, workers):
 def test_bad_checkpoints_end_with_one_line(run, lists, tmp_path, checkpoint, capsys):
     broken = copy_of(checkpoint, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no")
+    save_weights(str(tmp_path / "other"), {"encoder.positional_embedding": torch.ones(9, 16)})
     for init, flags, words in ((broken, {}, "expected safetensors, found"),
                                (tmp_path, {}, "not a readable tokenizer.json"),
-                               (checkpoint, {"resume": True}, "cannot resume")):
+                               (checkpoint, {"resume": True}, "cannot resume"),
+                               (checkpoint, {"resume": True, "out": "adamw", "muon": True},
+                                "cannot resume"),
+                               (checkpoint, {"whisper": tmp_path / "other"},
+                                "expected the weights of Whisper")):
+        if "out" in flags:
+            run("text", lists["text"], flags["out"])
+            capsys.readouterr()
         with pytest.raises(SystemExit) as end:
             run("text", lists["text"], init=init, **flags)
         said = capsys.readouterr().err.strip()
