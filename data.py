@@ -495,11 +495,13 @@ class Source:
         """Batches without end; `share` that follow on each other are of one kind, but for what
         is left of a window: ranks that train side by side do the same work."""
         state, turn, last = self.state, 0, None
-        windows = max(1, int(count_lines(self.path) / self.window))
+        size = count_lines(self.path)
+        step = max(1, round(self.window * size / count(self.path)))  # lines: fewer, if of shards
         while True:
             empty = state["window"] == 0 and not state["used"]  # a whole epoch, from its start
-            first = random.Random(f"{self.seed} {state['epoch']}").randrange(windows)
-            stream = records(self.path, state["window"] * self.window, first * self.window)
+            windows = random.Random(f"{self.seed} {state['epoch']}")
+            first = step * windows.randrange(max(1, int(size / step)))
+            stream = records(self.path, state["window"] * self.window, first)
             while chunk := list(itertools.islice(stream, self.window)):
                 left = self.made(chunk)
                 while left:
@@ -532,7 +534,7 @@ def cut_batches(samples: list, budget: int) -> list[list]:
 
 
 class Mixture(torch.utils.data.IterableDataset):
-    """Draws the next source by weight x size, its next batch, and collates it.
+    """Draws the next source by its weight, whatever its size, its next batch, and collates it.
 
     Every rank walks the same sequence and takes its own share of it, so all ranks train the same
     kind of batch at the same time. Yields (tensors, state after this batch).
@@ -1899,7 +1901,8 @@ class Judge:
                 pass
             except (ValueError, LookupError, TypeError):
                 return ""  # not this protocol's JSON: an answer that is no number
-            time.sleep(min(60.0, float(pause) if pause.isdigit() else self.wait * 2 ** attempt))
+            if attempt < 4:
+                time.sleep(min(60.0, float(pause) if pause.isdigit() else self.wait * 2 ** attempt))
         raise OSError("unreachable")
 
     def ask(self, chat: list, read, wanted: str = "number", temperature: float = 0.0):

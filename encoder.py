@@ -332,7 +332,9 @@ class SpeechTokenizer(nn.Module):
             state = {k.replace(f"blocks.{i}.", f"tail.{i - self.cfg.n_layers}."): v
                      for k, v in state.items()}
         own = self.state_dict()
-        self.load_state_dict(own | {k: v for k, v in state.items() if k in own})
+        if not (known := {k: v for k, v in state.items() if k in own}):
+            raise ValueError("nothing of Whisper's encoder")
+        self.load_state_dict(own | known)
 
 
 # ---- loading foreign weights -------------------------------------------------------------------

@@ -202,7 +202,11 @@ def chat_about(card: dict, reply: dict) -> tuple[str, list | None]:
 
 def outside(tool: str):
     """wave (N,) at 16 kHz -> what a program, given a wav's path, or a server, sent a wav, says."""
-    if not (web := re.match("https?://", tool)) and not shutil.which(shlex.split(tool)[0]):
+    try:
+        program = next(iter(shlex.split(tool)), "")
+    except ValueError as e:
+        raise BadInput(f"{tool}: {e}") from None
+    if not (web := re.match("https?://", tool)) and not shutil.which(program):
         raise BadInput(f"{tool}: no such program, folder or http[s]://...")
     def ask(wave: np.ndarray) -> str:
         with tempfile.NamedTemporaryFile(suffix=".wav") as f:
@@ -308,10 +312,11 @@ def pick(args) -> list[dict]:
 
 def items_file(args, *settings) -> str:
     """Where the items of a run lie: one file for each checkpoint, lists and setting."""
+    model = Path(args.model)
+    files = [*map(Path, args.data), *(sorted(model.iterdir()) if model.is_dir() else [model])]
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
-             args.bf16, args.int8, args.compile, args.max_tokens, args.steps, [
-                 p.stat().st_mtime_ns for p in (
-                     *map(Path, args.data), *sorted(Path(args.model).glob("*.safetensors")))]]
+             args.bf16, args.int8, args.compile, args.max_tokens, args.steps,
+             [p.stat().st_mtime_ns for p in files]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
     return os.path.join(args.out, f"{'-'.join([args.command, *words, digest])}.jsonl")
@@ -405,7 +410,7 @@ def layout_rows(path: Path):
         return [question(row, path.stem, i) for i, row in enumerate(read_jsonl(str(path)))]
     if path.suffix not in (".txt", ".tsv", ".csv", ".lst", ".json"):
         return [{"name": path.stem, "parts": path.stem.split("_")}]
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
     if path.suffix == ".json":
         try:
             audios = json.loads(text)["audios"]

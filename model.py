@@ -446,6 +446,9 @@ def config_from_dict(data: dict, cls=Config):
             raise ValueError(f"unknown key {key!r} for {cls.__name__}")
         if is_dataclass(default := getattr(own, key)):
             value = config_from_dict(value, type(default))
+        elif isinstance(value, str) != isinstance(default, str) or \
+                isinstance(value, list) != isinstance(default, tuple):
+            raise ValueError(f"{key} of {cls.__name__}: {value!r} in the place of {default!r}")
         elif isinstance(value, list):
             value = tuple(tuple(v) if isinstance(v, list) else v for v in value)
         out[key] = value

@@ -1167,14 +1167,15 @@ def setup(device: str) -> tuple:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else \
             "npu" if hasattr(torch, "npu") and torch.npu.is_available() else "cpu"
-    kind = getattr(torch, device.split(":")[0], None)
-    if device != "cpu" and not (kind and kind.is_available()):
+    kind = device.split(":")[0]
+    there = getattr(torch, kind, None)
+    if kind != "cpu" and not (there and there.is_available()):
         raise BadInput(f"--device {device}: there is none here")
     if "RANK" not in os.environ:
         return 0, 1, device, None
-    backend = {"cuda": "nccl", "npu": "hccl"}.get(device, "gloo")
-    if device != "cpu":
-        device = f"{device}:{os.environ['LOCAL_RANK']}"
+    backend = {"cuda": "nccl", "npu": "hccl"}.get(kind, "gloo")
+    if kind != "cpu":
+        device = f"{kind}:{os.environ['LOCAL_RANK']}"
         torch.get_device_module(device).set_device(device)
     dist.init_process_group(backend, timeout=timedelta(seconds=45))
     patient = dist.new_group(backend="gloo", timeout=timedelta(hours=2))

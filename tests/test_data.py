@@ -323,6 +323,20 @@ def test_shards_of_floats_of_nothing_and_of_one_key(tmp_path, wav, monkeypatch, 
         data.usable(empty)
 
 
+def test_an_epoch_of_shards_begins_with_any_of_them(tmp_path, wav, monkeypatch):
+    path = write_list(tmp_path / "l.jsonl", [
+        {"key": f"{i}", "txt": "hi", "task": "<TRANSCRIBE>", "wav": wav(0.3)} for i in range(12)])
+    command(monkeypatch, "shards", path, "--out", tmp_path / "s", "--size", 2)
+    listed, starts = str(tmp_path / "s/shards_list.txt"), set()
+    for seed in range(9):
+        source = Source(listed, 1.0, lambda r, *_: SimpleNamespace(
+            kind="", length=1, key=r["key"]), 4, seed, window=4)
+        window = [s.key for batch in itertools.islice(source.batches(), 1) for s in batch]
+        starts.add(min(map(int, window)))
+        assert sorted(map(int, window)) == [*range(min(map(int, window)), max(map(int, window)) + 1)]
+    assert len(starts) > 1 and starts <= {0, 4, 8}
+
+
 def test_combine_lists_take_the_words_of_the_jsonl(tmp_path, dialogues, monkeypatch):
     command(monkeypatch, "shards", dialogues, "--out", tmp_path)
     labels = write_list(tmp_path / "labels.jsonl", [

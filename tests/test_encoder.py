@@ -230,6 +230,8 @@ def test_text_longer_than_its_codes_does_no_harm():
 def test_starting_from_an_encoder():
     encoder = Encoder(EncoderConfig(8, 16, 2, 2))
     model = SpeechTokenizer(S3)
+    with pytest.raises(ValueError, match="nothing of Whisper"):
+        model.init_from_encoder({"lm_head.weight": torch.ones(2)})
     model.init_from_encoder(encoder.state_dict())
     assert torch.equal(model.blocks[0].mlp[2].weight, encoder.blocks[0].mlp[2].weight)
     assert torch.equal(model.tail[0].attn.key.weight, encoder.blocks[1].attn.key.weight)

@@ -617,8 +617,10 @@ def test_others_judge_what_they_are_given(world, monkeypatch, capsys, tmp_path):
     assert ask(torch.zeros(800).numpy()) == "800 fearful" and ev.emotion_of("1 Fearful") == "FEAR"
     with pytest.raises(ValueError, match="no emotion"):
         ev.emotion_of("unknown 0.3")
-    with pytest.raises(BadInput, match="no such program"):
-        ev.outside("no-such-program --x")
+    for tool, words in (("no-such-program --x", "no such program"), ("", "no such program"),
+                        ("'x", "No closing quotation")):
+        with pytest.raises(BadInput, match=words):
+            ev.outside(tool)
     with pytest.raises(ValueError, match="No such file|can't open"):
         ev.outside(f"{sys.executable} {tmp_path / 'none.py'}")(torch.zeros(800).numpy())
     sent = []

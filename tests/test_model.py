@@ -549,6 +549,8 @@ BREAK = {
     "config flat": lambda f: edit_config(f / "config.json", encoder=3),
     "unknown key": lambda f: edit_config(f / "config.json", colour="red"),
     "unknown inner key": lambda f: edit_config(f / "config.json", decoder={"depth": 3}),
+    "config of words": lambda f: edit_config(f / "config.json", decoder={"dim": "320"}),
+    "config of lists": lambda f: edit_config(f / "config.json", steps=[2]),
     "unknown vocoder": lambda f: edit_config(f / "config.json", vocoder={"kind": "vocos"}),
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "empty weights": lambda f: (f / "model.safetensors").write_bytes(b""),
