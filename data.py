@@ -1615,7 +1615,8 @@ def guess(model, tok, heard: tuple[Tensor, Tensor], name: str) -> tuple[str, flo
     among all values of that label."""
     from decoder import SharedPrefix
     from model import prompt, user_prompt
-    ask = prompt("understand", tok, model.cfg.decoder, int(heard[1]), user_prompt([name]))
+    ask = prompt("understand", tok, model.cfg.decoder, int(heard[1]),
+                 user_prompt([name], model.cfg.language))
     answers = [torch.tensor([*tok.encode(f"<{v}>"), tok.im_end]) for v in LABELS[name]]
     ids, cache = pad_stack(answers, -100).to(heard[0].device), SharedPrefix()  # (values, L)
     first = model.decoder(model.embed(ids.new_tensor([ask]), *heard), cache=cache)[:, -1:]
@@ -1708,8 +1709,9 @@ def voice(args: argparse.Namespace) -> None:
     from model import load_config, save_weights
     from vocoder import hift, mel_spectrogram
     released = args.s3 and args.speaker and not args.model and len(args.wavs) == 1
-    if not released and (args.s3 or args.speaker or not args.model):
-        raise BadInput("voice takes wavs and --model, or one wav and --s3 and --speaker")
+    if not released and (args.speaker or not args.model):
+        raise BadInput("voice takes wavs and --model (and --s3, if that has no tokenizer), "
+                       "or one wav and --s3 and --speaker")
     if released:
         cfg, spk = hift(), released_speaker(args)
     else:
@@ -1971,6 +1973,11 @@ def spellings() -> dict[str, dict[str, str]]:
             for dim, _, words in (line.partition(": ") for line in lines)}
 
 
+def spelled(kind: str, word: str) -> str:
+    """A label of a kind among LABELS as we spell it, however others do."""
+    return spellings()[kind].get(word.lower()) or word.upper().replace(" ", "_")
+
+
 def toned(answer: str) -> dict | None:
     """Of `[happy Good for you.]` and `<HAPPY>Good for you.` the tone and the reply."""
     found = re.fullmatch(r"(?=\W|\w+[\]>:)]|[a-z]+ [A-Z])\W*(\w+)[\]>:)*\s]+(.+?)\]?", answer)
@@ -1983,8 +1990,7 @@ def invented(answer: str) -> dict | None:
     try:
         said = json.loads(answer[answer.find("{"):answer.rfind("}") + 1])
         labels = {d: said["caption" if d == "event" else d] for d in LABELS}
-        labels = {d: spellings()[d].get(w.lower()) or w.upper().replace(" ", "_")
-                  for d, w in labels.items()}
+        labels = {d: spelled(d, w) for d, w in labels.items()}
         return (reply := toned(sentence(said["answer"]))) and {
             **reply, "question": sentence(said["txt"]), "wav": "",
             "labels": {d: v for d, v in labels.items() if v in LABELS[d]}}
@@ -2096,7 +2102,7 @@ def main() -> None:
     add("pseudo-label answer tokens", "--device", default="cpu")
     add("pseudo-label", "--threshold", type=float, default=0.8, help="less sure: unknown")
     add("shards", "--size", type=positive, default=1000, help="records a tar")
-    add("voice", "--model", help="our checkpoint folder; for the released one, instead:")
+    add("voice", "--model", help="our checkpoint folder; for CosyVoice's, instead:")
     add("tokens voice", "--s3",
         help="speech_tokenizer_v1.onnx, or its weights as .pt or safetensors")
     add("voice", "--speaker", help="campplus.onnx")

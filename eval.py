@@ -316,7 +316,7 @@ def items_file(args, *settings) -> str:
     files = [*map(Path, args.data), *(sorted(model.iterdir()) if model.is_dir() else [model])]
     stamp = [os.path.abspath(args.model), *map(os.path.abspath, args.data), args.seed, settings,
              args.bf16, args.int8, args.compile, args.max_tokens, args.steps,
-             [p.stat().st_mtime_ns for p in files]]
+             getattr(args, "interleave", False), [p.stat().st_mtime_ns for p in files]]
     digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()[:8]
     words = [re.sub(r"\W+", "_", str(setting)) for setting in settings]  # a tool may be a path
     return os.path.join(args.out, f"{'-'.join([args.command, *words, digest])}.jsonl")
@@ -336,8 +336,9 @@ def measured(args, rows: list[dict], settings, work, marks, way: str = "") -> di
 def chatbot(args, task: str, think: str = "label", stream: bool = False) -> Chatbot:
     """infer.py's, with the sampling of the checkpoint."""
     return Chatbot(argparse.Namespace(**vars(args) | {
-        "task": task, "think": think, "stream": stream, "labels": []} | dict.fromkeys(
-        ("voice", "interleave", "temperature", "top_k", "top_p"))))
+        "task": task, "think": think, "stream": stream, "labels": [],
+        "interleave": getattr(args, "interleave", False)} | dict.fromkeys(
+        ("voice", "temperature", "top_k", "top_p"))))
 
 
 def answers(bot: Chatbot, rows: list[dict], stop: bytes = b"") -> list[tuple[dict, Tensor | None]]:
@@ -1022,7 +1023,8 @@ def arguments(argv=None) -> argparse.Namespace:
         for c in map(parsers.get, names.split()):
             c.error = p.error
             c.add_argument(flag, **how)
-    lists, many = "echat understand qa tts", {"nargs": "+", "default": []}
+    lists = "echat understand qa tts"
+    many = {"nargs": "+", "action": "extend", "default": []}
     add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
     add("convert", "--out", required=True, metavar="LIST")
@@ -1041,6 +1043,7 @@ def arguments(argv=None) -> argparse.Namespace:
     add("echat understand", "--task", choices=("s2s", "s2t"), default="s2s",
         help="how a reply is asked for; s2t: a model that was trained on text replies alone")
     add("echat", "--think", choices=("label", "off"), default="label")
+    add("echat tts qa", "--interleave", action="store_true", help="6 text : 18 speech tokens")
     add("echat", "--control", choices=("shuffle", "text", "perfect", "generic"),
         help="replies to another voice, to the words alone, the list's own, a fixed one", **many)
     add("echat", "--beside", metavar="ITEMS", help="of other runs, for more columns", **many)

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import model as echat
-from data import BadInput, Tokenizer, read_wave, write_wave
+from data import LABELS, BadInput, Tokenizer, read_wave, spelled, write_wave
 from decoder import StaticCache, pack
 from encoder import log_mel
 from model import BadCheckpoint
@@ -94,8 +94,9 @@ class Chatbot:
         """Tokens of the answers to several questions, (mel or None, text, earlier turns), at once,
         as EChat.answers yields them."""
         args, think = self.args, self.args.think
-        own = echat.user_prompt(args.labels) if args.task == "understand" else echat.NATURAL \
-            if think == "natural" and self.model.cfg.language == "en" else ""
+        language = self.model.cfg.language
+        own = echat.user_prompt(args.labels, language) if args.task == "understand" else \
+            echat.NATURAL if think == "natural" and language == "en" else ""
         return self.model.answers(
             self.tok, args.task, [(mel, own if own and mel is not None else text, history)
                                   for mel, text, history in asked],
@@ -122,15 +123,16 @@ class Chatbot:
             think, text = (full, "") if full.startswith(echat.THINK) and \
                 self.args.think != "off" else ("", full.removeprefix(echat.THINK))
         found = echat.read_think(think + end)
-        if self.args.task == "understand":  # "words<SAD><OLD>", what was asked for in its order
+        if self.args.task == "understand":  # "words<SAD><OLD>", in Chinese in another order
             words, *tags = re.split(r"<([^<>]+)>", text)
-            found |= zip([w for w in self.args.labels if w != "asr"],
-                         [None if t == "&&" else t for t in tags[::2]])
+            found |= {w: tag for tag in tags[::2] for w in self.args.labels
+                      if w != "asr" and spelled(w, tag) in LABELS[w]}
             found["transcript"] = words.strip() or None if "asr" in self.args.labels else None
         if self.args.task in ("s2s", "s2t", "tts") and (tag := EMOTION.match(text)):
             found["reply_emotion"], text = tag[1], text[tag.end():]
         return {"think": think + end or None, "transcript": found.pop("transcript"),
-                "labels": found, "text": text.strip()}
+                "labels": {w: tag and spelled(w.removeprefix("reply_"), tag)
+                           for w, tag in found.items()}, "text": text.strip()}
 
 
 class Reply:
@@ -189,6 +191,8 @@ class Reply:
         answer, times = bot.read(self.words), {
             "load_s": round(bot.load_s, 3), "first_text_s": None, "first_audio_s": None,
             **self.times, "rtf": round(self.times["total_s"] / seconds, 3) if seconds else None}
+        if bot.args.compile:
+            times["compile_s"] = round(bot.compile_s, 1)
         if task == "tts":
             answer["text"] = answer["text"] or EMOTION.sub("", self.asked)
         if task in ("s2s", "s2t"):  # what the next turn remembers, as released

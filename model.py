@@ -73,12 +73,19 @@ def prompt(task: str, tok, cfg: DecoderConfig, n_audio: int = 0, text: str = "",
 
 # What an understanding task may be asked for, and how it is asked.
 ASKED = ("asr", "age", "gender", "emotion", "event")  # the order of question and answer
+CHINESE = {"age": "年龄", "gender": "性别", "emotion": "情感", "event": "音频事件"}
 NATURAL = "Think in your own words."  # asks a think-mode model of ours for the natural think
 
 
-def user_prompt(wanted: list[str]) -> str:
-    """The user prompt of an understanding task, from names among ASKED, in its order."""
+def user_prompt(wanted: list[str], language: str = "en") -> str:
+    """The user prompt of an understanding task, from names among ASKED. In Chinese it is the one of
+    the released demo, or for what that never asks one after its training's; there the answer's
+    labels come in an order of their own."""
     labels = [w for w in ASKED[1:] if w in wanted]
+    if language == "zh":
+        asr = "asr " * ("asr" in wanted)
+        known = PROTOCOL["ask"].get(f"{asr}{' '.join(labels)}".strip())
+        return known or PROTOCOL["ask"][f"{asr}..."].format("、".join(CHINESE[w] for w in labels))
     if "asr" not in wanted:
         return f"Tell the {', '.join(labels)}."
     return "Transcribe the speech" + (f", then tell the {', '.join(labels)}." if labels else ".")
@@ -149,6 +156,12 @@ def mini() -> Config:
     return Config(adapter=AdapterConfig(ffn=512), s3=TokenizerConfig(positions=False), steps=2)
 
 
+def s3_v1() -> TokenizerConfig:
+    """That of CosyVoice-300M-25Hz."""
+    return TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2, pool=1,
+                           codes=4096)
+
+
 def small() -> Config:
     """Whisper base + Qwen2.5-0.5B."""
     return Config(
@@ -156,8 +169,7 @@ def small() -> Config:
         adapter=AdapterConfig(d_in=512, d_out=896, n_heads=4, n_layers=4, ffn=1280),
         decoder=DecoderConfig(vocab=151936, dim=896, n_layers=24, n_heads=14, n_kv_heads=2,
                               head_dim=64, ffn=4864, codes=4096),
-        s3=TokenizerConfig(d_model=512, n_heads=8, n_layers=3, tail_layers=3, codes=4096),
-        flow=FlowConfig(codes=4096))
+        s3=s3_v1(), flow=FlowConfig(codes=4096))
 
 
 def paper() -> Config:
@@ -167,9 +179,7 @@ def paper() -> Config:
         adapter=AdapterConfig(d_in=1024, d_out=2048, n_heads=4, n_layers=4, ffn=2560),
         decoder=DecoderConfig(vocab=151936, dim=2048, n_layers=36, n_heads=16, n_kv_heads=2,
                               head_dim=128, ffn=11008, codes=4096),
-        s3=TokenizerConfig(n_mels=128, d_model=1280, n_heads=20, n_layers=6, conv1_stride=2,
-                           pool=1, codes=4096),
-        flow=FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
+        s3=s3_v1(), flow=FlowConfig(codes=4096), understand=Sampling(1.0, 5, 0.9, 1.05),
         text=Sampling(1.2, 10, 0.9), speech=Sampling(1.2, 10, 0.9))
 
 

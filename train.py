@@ -203,7 +203,7 @@ def sequence(record: dict, epoch: int, rng: random.Random, stage: Stage, tok: To
             if not txt:
                 return "only P, left out by --ablate u-driven"
             record = record | {"txt": txt}
-        user = echat.user_prompt([data.TAGS[t] for t in TAG.findall(task)])
+        user = echat.user_prompt([data.TAGS[t] for t in TAG.findall(task)], cfg.language)
         sample = Sample(user, audio=clips)
         sample.add(prompt("understand", tok, cfg.decoder, slots[-1], user))
         for name, value in data.known_labels(record).items():
@@ -581,6 +581,9 @@ class Voice:
 
     def __init__(self, args, cfg, stage):
         self.cfg, self.args = cfg, args
+        if cfg.vocoder.hop * 100 != cfg.vocoder.sample_rate:
+            raise BadInput("flow and vocoder train on clips of 100 frames a second, not of "
+                           f"{cfg.vocoder.sample_rate} / {cfg.vocoder.hop}")
         self.own = os.path.join(args.init or "", "voice.safetensors")
         self.voices, self.begun = {}, {}  # by voice file; the flow's state after its prompt
         self.whole = Token2Wav(cfg, {})
@@ -844,7 +847,10 @@ class Trainer:
         torch.manual_seed(args.seed)
         known = [folder for folder in (args.out if args.resume else None, args.init)
                  if folder and os.path.exists(os.path.join(folder, "config.json"))]
-        self.cfg = echat.load_config(known[0]) if known else echat.PRESETS[args.preset]()
+        self.cfg = echat.load_config(known[0]) if known else \
+            echat.PRESETS[args.preset or "mini"]()
+        if args.preset not in (None, self.cfg.name):
+            raise BadInput(f"{known[0]}: {self.cfg.name}, not --preset {args.preset}")
         self.trainee = KINDS.get(args.stage, Dialogue)(args, self.cfg, self.stage)
         self.talks = isinstance(self.trainee, Dialogue)
         if self.rank:  # the weights are the same on all ranks, the dropout is not
@@ -1214,8 +1220,8 @@ LOST = "(?i)connection|timed out|timeout|aborted|remote process"  # in a collect
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--stage", choices=STAGES, required=True)
-    p.add_argument("--preset", choices=echat.PRESETS, default="mini")
-    p.add_argument("--data", action="append", required=True, help="LIST[:WEIGHT], repeatable")
+    p.add_argument("--preset", choices=echat.PRESETS, help="mini, or what --init is")
+    p.add_argument("--data", nargs="+", action="extend", required=True, metavar="LIST[:WEIGHT]")
     p.add_argument("--out", default="runs/out", help="folder of the run, itself a checkpoint")
     p.add_argument("--init", help="checkpoint folder to start from")
     p.add_argument("--whisper", help="Whisper weights for the encoder")
@@ -1252,7 +1258,7 @@ def main() -> None:
     p.add_argument("--ablate", nargs="+", choices=("u-driven", "dual-think"), default=[],
                    help="Table 2: in all stages, understanding is ASR alone (leave out lists of "
                    "only P); no think")
-    p.add_argument("--valid", action="append", default=[])
+    p.add_argument("--valid", nargs="+", action="extend", default=[], metavar="LIST[:WEIGHT]")
     p.add_argument("--valid-every", type=positive, default=500)
     p.add_argument("--valid-batches", type=positive, default=10)
     p.add_argument("--log-every", type=positive, default=1)

@@ -793,6 +793,21 @@ def test_voice_for_the_released_weights(tmp_path, wav, monkeypatch):
     assert seen[0].shape == (1, 198, 80) and abs(seen[0].mean()) < 1e-4
 
 
+def test_voice_of_our_own_for_the_released_codes(tmp_path, wav, checkpoint, monkeypatch):
+    """As for small: its codes are S3 v1's, its flow and vocoder may be ours."""
+    s3, out = SpeechTokenizer(TokenizerConfig(8, 64, 1, 1, 2, 1, codes=40)), tmp_path / "v"
+    state = {f"encoder.{k}": v for k, v in s3.state_dict().items() if "codebook" not in k}
+    book = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1)
+    save_weights(str(tmp_path / "s3.safetensors"), state | {"quantizer._codebook.embed": book})
+    bare = copy_of(checkpoint, tmp_path / "bare")
+    (bare / "tokenizer_s3.safetensors").unlink()
+    command(monkeypatch, "voice", wav(2.0), "--model", bare, "--s3", tmp_path / "s3.safetensors",
+            "--out", out)
+    voice = read_weights(str(out))
+    assert voice["prompt_codes"].shape == (1, 50) and voice["prompt_mel"].shape == (1, 200, 80)
+    assert voice["spk"].shape == (1, 192)
+
+
 def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
     good, speaker, html = wav(2.0), tmp_path / "campplus.onnx", tmp_path / "s3.pt"
     speaker.write_bytes(b"onnx")

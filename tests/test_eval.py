@@ -745,6 +745,11 @@ def test_bad_arguments(argv, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+def test_lists_add_up():
+    asked = ev.arguments(["echat", "--data", "a", "b", "--data", "c", "--interleave"])
+    assert asked.data == ["a", "b", "c"] and asked.interleave
+
+
 def test_a_missing_model_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "l.jsonl").write_text("")
     monkeypatch.setattr(sys, "argv", ["eval.py", "echat", "--data", str(tmp_path / "l.jsonl"),

@@ -229,6 +229,23 @@ def test_a_reply_is_whole_once_its_speech_closes(tok, task, interleave, said, wh
     assert reply.whole == whole
 
 
+@pytest.mark.parametrize("task, said, want", [
+    ("understand", "hi<laugh><middle_age><female>", dict(
+        event="LAUGH", age="ADULT", gender="FEMALE", emotion=None)),  # in the order of the demo
+    ("understand", "hi<OLD><FEMALE><ANGRY><&&>", dict(
+        age="OLD", gender="FEMALE", emotion="ANGER", event=None)),
+    ("understand", "hi<other>", dict(event="OTHER", emotion=None)),
+    ("s2t", echat.label_think("zh", "hi", dict(
+        age="<ADULT>", emotion="<ANGRY>", reply_emotion="\u4e2d\u7acb")) + "<\u60b2\u4f24>yes", dict(
+            age="ADULT", gender=None, emotion="ANGER", reply_emotion="SAD"))])
+def test_labels_in_the_released_spelling_are_ours(tok, task, said, want):
+    bot = SimpleNamespace(tok=tok, args=SimpleNamespace(
+        task=task, think="label", labels=["asr", "emotion", "gender", "age", "event"]))
+    got = infer.Chatbot.read(bot, tok.encode(said))
+    assert got["transcript"] == "hi" and want.items() <= got["labels"].items()
+    assert got["text"].startswith("hi" if task == "understand" else "yes")
+
+
 def test_raw_audio_on_stdout(checkpoint, wav, tmp_path, monkeypatch, capsysbinary):
     """--out -: the samples of the file that would be written, and nothing else."""
     words = ["infer.py", wav(1.0), "--model", str(checkpoint), "--json", "--max-tokens", "90",

@@ -120,6 +120,15 @@ def test_user_prompt():
     assert echat.user_prompt(["asr"]) == "Transcribe the speech."
     assert echat.user_prompt(["age", "event"]) == "Tell the age, event."
     assert echat.user_prompt(["asr", "age"]) == "Transcribe the speech, then tell the age."
+    known = echat.PROTOCOL["ask"]
+    assert echat.user_prompt(["asr"], "zh") == known["asr"]
+    assert echat.user_prompt(["gender", "asr", "age"], "zh") == known["asr age gender"]
+    assert echat.user_prompt([*echat.ASKED], "zh") == (
+        "\u8bf7\u5c06\u4ee5\u4e0b\u97f3\u9891\u5185\u5bb9\u8fdb\u884c\u8f6c\u5f55\uff0c"
+        "\u5e76\u5728\u8f6c\u5f55\u5b8c\u6210\u7684\u6587\u672c\u672b\u5c3e\u5206\u522b\u9644\u52a0"
+        "\u5e74\u9f84\u3001\u6027\u522b\u3001\u60c5\u611f\u3001\u97f3\u9891\u4e8b\u4ef6"
+        "\u6807\u7b7e\uff0c\u6807\u7b7e\u683c\u5f0f\u4e3a<>\u3002")
+    assert "\u60c5\u611f\u3001\u97f3\u9891\u4e8b\u4ef6" in echat.user_prompt(["event", "emotion"], "zh")
 
 
 # ---- think -------------------------------------------------------------------------------------

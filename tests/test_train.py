@@ -321,7 +321,7 @@ def run(monkeypatch, checkpoint, tmp_path):
         defaults = dict(lr=0.01, warmup=1, accum=1, workers=0, log_every=1, device="cpu")
         words = ["train.py", "--stage", stage, "--out", str(tmp_path / out)]
         words += ["--steps", str(steps)] if steps is not None else []
-        words += [w for path in lists for w in ("--data", path)]
+        words += ["--data", *lists[:1], *(w for path in lists[1:] for w in ("--data", path))]
         words += ["--init", str(init)] if init else []
         for name, value in (defaults | flags).items():
             value = [] if value is True else value if isinstance(value, list) else [value]
@@ -1012,6 +1012,7 @@ def test_bad_checkpoints_end_with_one_line(run, lists, tmp_path, checkpoint, cap
                                (checkpoint, {"resume": True}, "cannot resume"),
                                (checkpoint, {"resume": True, "out": "adamw", "muon": True},
                                 "cannot resume"),
+                               (checkpoint, {"preset": "paper"}, "tiny, not --preset paper"),
                                (checkpoint, {"whisper": tmp_path / "other"},
                                 "expected the weights of Whisper")):
         if "out" in flags:
