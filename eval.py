@@ -1023,8 +1023,7 @@ def arguments(argv=None) -> argparse.Namespace:
         for c in map(parsers.get, names.split()):
             c.error = p.error
             c.add_argument(flag, **how)
-    lists = "echat understand qa tts"
-    many = {"nargs": "+", "action": "extend", "default": []}
+    lists, many = "echat understand qa tts", {"nargs": "+", "action": "extend", "default": []}
     add("convert", "layout", choices=LAYOUTS)
     add("convert", "dir")
     add("convert", "--out", required=True, metavar="LIST")

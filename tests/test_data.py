@@ -805,7 +805,7 @@ def test_voice_of_our_own_for_the_released_codes(tmp_path, wav, checkpoint, monk
             "--out", out)
     voice = read_weights(str(out))
     assert voice["prompt_codes"].shape == (1, 50) and voice["prompt_mel"].shape == (1, 200, 80)
-    assert voice["spk"].shape == (1, 192)
+    assert voice["spk"].shape == (1, 8)
 
 
 def test_released_voice_ends_with_one_line(tmp_path, wav, monkeypatch, capsys):
