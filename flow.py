@@ -262,6 +262,10 @@ class FlowConfig:
     mel_mean: float = -6.0  # log-mel of speech is about N(-6, 2.6); the flow works on N(0, 1)
     mel_std: float = 2.6
     spread: float = 0.4  # ours: how far mel is from mu, in mel_std; 0 as in CosyVoice: not said
+    prompted: float = 0.5  # training: the share of samples that know some of the mel's beginning,
+    prompt: float = 0.3  # at most this part of it: so a prompt's voice goes on
+    drop: float = 0.2  # training: the share without condition, which guidance needs
+    guidance: float = 0.7  # how strong that is
 
     @classmethod
     def cosyvoice1(cls, rate: int = 25) -> "FlowConfig":
@@ -424,12 +428,11 @@ class Flow(nn.Module):
         count = torch.ones_like(x1) if valid is None else valid[..., None].expand_as(x1)
         # Ours has mu be an average mel (Matcha-TTS's prior loss): codes are heeded far sooner.
         prior = ((mu - x1).square() * count).sum() if self.cfg.spread else 0.0
-        # Half of the samples know up to 30 % of the mel's beginning: so a prompt's voice goes on.
-        known = (torch.rand(b, device=device) * 0.3 * frames).long()
-        known = known * (torch.rand(b, device=device) < 0.5)
+        known = (torch.rand(b, device=device) * self.cfg.prompt * frames).long()
+        known = known * (torch.rand(b, device=device) < self.cfg.prompted)
         cond = x1 * (torch.arange(total, device=device) < known[:, None])[..., None]
-        # Guidance contrasts the model with itself unconditioned: a fifth of the samples teach that.
-        keep = (torch.rand(b, 1, device=device) >= 0.2).to(mu.dtype)
+        # Guidance contrasts the model with itself unconditioned: some samples teach that.
+        keep = (torch.rand(b, 1, device=device) >= self.cfg.drop).to(mu.dtype)
         mu, cond, voice = mu * keep[..., None], cond * keep[..., None], self.voice(spk) * keep
 
         z, t = torch.randn_like(x1), torch.rand(b, device=device)
@@ -471,12 +474,12 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def start(self, spk: Tensor, prompt_codes: Tensor | None = None,
-              prompt_mel: Tensor | None = None, steps: int = 10, cfg: float = 0.7,
+              prompt_mel: Tensor | None = None, steps: int = 10, cfg: float | None = None,
               seed: int = 0) -> FlowState:
         """The state before the first code: spk (1, spk_dim), prompt_codes (1, P), prompt_mel
-        (1, frames(P), M); `cfg` is the strength of guidance (0 halves the work). A causal flow
-        renders the prompt here, once: keep the state for later replies with this voice and seed.
-        ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
+        (1, frames(P), M); `cfg` is the strength of guidance, if not the config's (0 halves the
+        work). A causal flow renders the prompt here, once: keep the state for later replies with
+        this voice and seed. ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
         if prompt_codes is None:
             prompt_codes = torch.zeros(1, 0, dtype=torch.long, device=spk.device)
         if prompt_mel is None:
@@ -487,6 +490,7 @@ class Flow(nn.Module):
             raise ValueError(f"prompt: {n} codes make {need} mel frames, got {got}")
         if self.cfg.causal:
             prompt_mel = prompt_mel[:, :need]
+        cfg = self.cfg.guidance if cfg is None else cfg
         state = FlowState(self.voice(spk), self.normalise(prompt_mel), steps, cfg, seed,
                           codes=prompt_codes[:, :0], done=0, encoder=[], solver=[[]] * steps,
                           heard=self.check(prompt_codes), tail=prompt_mel[:, :0])
