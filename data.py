@@ -414,11 +414,16 @@ def records(path: str, skip: int = 0, first: int = 0):
 def count(path: str) -> float:
     """How many records a list has; judged by 64 MB, spread over it, if it is longer, and for
     shards by the first of them: training starts at once on any list."""
+    return max(1, count_lines(path)) * records_a_line(path)
+
+
+def records_a_line(path: str) -> int:
+    """Of JSONL one, of a list of shards as many as the first of them has; of a tar all."""
     if path.endswith(".tar"):
         return sum(1 for _ in rows(path))
     tar = next(lines(path), (1, ""))[1].strip().rpartition("|")[2]
-    each = count(whole(tar, os.path.dirname(os.path.abspath(path)))) if tar.endswith(".tar") else 1
-    return max(1, count_lines(path)) * each
+    tar = tar.endswith(".tar") and whole(tar, os.path.dirname(os.path.abspath(path)))
+    return records_a_line(tar) if tar else 1
 
 
 def count_lines(path: str) -> float:
@@ -496,7 +501,7 @@ class Source:
         is left of a window: ranks that train side by side do the same work."""
         state, turn, last = self.state, 0, None
         size = count_lines(self.path)
-        step = max(1, round(self.window * size / count(self.path)))  # lines: fewer, if of shards
+        step = max(1, self.window // max(1, records_a_line(self.path)))  # lines that a window has
         while True:
             empty = state["window"] == 0 and not state["used"]  # a whole epoch, from its start
             windows = random.Random(f"{self.seed} {state['epoch']}")

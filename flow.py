@@ -479,7 +479,8 @@ class Flow(nn.Module):
         """The state before the first code: spk (1, spk_dim), prompt_codes (1, P), prompt_mel
         (1, frames(P), M); `cfg` is the strength of guidance, if not the config's (0 halves the
         work). A causal flow renders the prompt here, once: keep the state for later replies with
-        this voice and seed. ValueError for codes outside the codebook or a prompt mel that does not fit its codes."""
+        this voice and seed. ValueError for codes outside the codebook or a prompt mel that does not
+        fit its codes."""
         if prompt_codes is None:
             prompt_codes = torch.zeros(1, 0, dtype=torch.long, device=spk.device)
         if prompt_mel is None:

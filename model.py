@@ -504,8 +504,8 @@ def expecting(what: str, path: str):
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """A safetensors, .pt or .pth.tar file (never unpickling code) as a dict, or BadCheckpoint in one line.
-    The weights are mapped: what is not used is not read."""
+    """A safetensors, .pt or .pth.tar file (never unpickling code) as a dict, or BadCheckpoint in
+    one line. The weights are mapped: what is not used is not read."""
     pickled = path.endswith((".pt", ".pth", ".pth.tar"))
     with expecting("torch.save's weights" if pickled else "safetensors", path):
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path)) \

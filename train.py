@@ -43,7 +43,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import model as echat
-from data import TAG, BadInput, Mixture, Source, Tokenizer
+from data import TAG, BadInput, Mixture, Source, Tokenizer, positive
 from decoder import rotate
 from encoder import SpeechTokenizer, load_whisper
 from model import AUDIO, EChat, Token2Wav, label_think, prompt, think_length
@@ -1205,13 +1205,6 @@ def show(trainer: Trainer, count: int) -> None:
                 word = "~" if i == AUDIO else f"[{i - V}]" if i >= V else tok.decode([i])
                 print(f"\033[{colours[p if t != -100 else -1]}m{word if a else '<&&>'}", end="")
             print("\033[0m\n")
-
-
-def positive(word: str) -> int:
-    """The type of a flag."""
-    if int(word) < 1:
-        raise ValueError
-    return int(word)
 
 
 LOST = "(?i)connection|timed out|timeout|aborted|remote process"  # in a collective's error
