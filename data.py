@@ -1485,10 +1485,12 @@ def tokens(args: argparse.Namespace, batch: int = 16) -> None:
                         if clip in done:
                             home["speech_token"], row["extra"] = done[clip], own
                             found["written"] += 1
+                        elif home.get("speech_token"):
+                            found["were there"] += 1
                 yield row
         for path in args.lists:
             write_lines(path, filled(path))
-    if found and not found["written"]:
+    if found and not found["written"] + found["were there"]:
         raise BadInput(f"{args.lists[0]}: no speech, rejected: {dict(found)}")
     print(json.dumps(found))
 

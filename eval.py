@@ -523,7 +523,8 @@ def side_by_side(args, rows: list[dict]) -> list[dict]:
         voice = rows[other]["extra"].get("recipe") or labels_of(rows[other])  # all of it, if known
         theirs = {"neutral": voice.get("emotion")} | voice
         cards.append({
-            "key": row["key"], "set": row["set"], "wav": row.get("wav"), "labels": labels,
+            "key": row["key"], "set": row["set"], "labels": labels,
+            **{k: row.get(k) for k in ("wav", "start", "end")},
             "query": row["extra"].get("q_txt"), "tone": perfect(row)["labels"]["reply_emotion"],
             "replies": {name: {k: reply.get(k) for k in ("text", "think", "audio")} | {
                 "tone": reply["labels"].get("reply_emotion"),
@@ -610,11 +611,11 @@ def ask_judge(args, cards: list[dict]) -> tuple[str, dict]:
 
 def page(cards: list[dict], seed: int) -> str:
     """A page, whole in itself, to listen to the replies, unnamed and shuffled, and rate them."""
-    def sound(path: str) -> str:
-        sf.write(mp3 := io.BytesIO(), read_wave(path, 24000).numpy(), 24000, format="MP3")
+    def sound(path: str, *span) -> str:
+        sf.write(mp3 := io.BytesIO(), read_wave(path, 24000, *span).numpy(), 24000, format="MP3")
         return "data:audio/mpeg;base64," + base64.b64encode(mp3.getvalue()).decode()
     rng = random.Random(seed)
-    items = [card | {"wav": card["wav"] and sound(card["wav"]), "replies": [
+    items = [card | {"wav": card["wav"] and sound(*place(card)), "replies": [
         reply | {"system": s, "audio": reply["audio"] and sound(reply["audio"])}
         for s, reply in rng.sample([*card["replies"].items()], len(card["replies"]))]}
         for card in cards]
@@ -994,11 +995,18 @@ def speed(args) -> tuple[str, dict]:
     else:
         out |= parts(net, voice, wave, ids, args)
         llm = net.decoder
-        read = sum(p.nbytes for k, p in (*llm.named_parameters(), *llm.named_buffers())
-                   if "speech_" not in k)
-        read -= llm.embed_tokens.weight.nbytes if llm.lm_head else 0
+        read = sum(t.nbytes for part in (llm.layers, llm.lm_head or llm.embed_tokens)
+                   for t in (*part.parameters(), *part.buffers()))
         out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
-        if not args.preset:
+        if args.preset:  # random weights never end: so added up, with a think of 40 tokens,
+            # for --task s2s --interleave --stream
+            token, codes = 1 / out["decode_tok_per_s"], voice.flow.hop_codes
+            text = (out["encoder_ms"] + out["prefill_ms"]) / 1000
+            audio = out["first_audio_after_its_codes_ms"] / 1000
+            out["reckoned_first_text_s"] = text
+            out["reckoned_first_audio_s"] = text + (40 + codes * 24 / 18) * token + audio
+            out["reckoned_rtf"] = 25 * 24 / 18 * token + out["flow_rtf"] + out["vocoder_rtf"]
+        else:
             with tempfile.NamedTemporaryFile(suffix=".wav") as f:
                 write_wave(f.name, wave, 16000)
                 done, _ = bot.turn(f.name, "")

@@ -153,7 +153,8 @@ class Config:
 
 def mini() -> Config:
     """The committed default: Whisper tiny's encoder, a 10 M Qwen2-shaped decoder, 24 kHz."""
-    return Config(adapter=AdapterConfig(ffn=512), s3=TokenizerConfig(positions=False), steps=2)
+    return Config(adapter=AdapterConfig(ffn=512), s3=TokenizerConfig(positions=False), steps=2,
+                  text=Sampling(repetition=1.1))  # greedy text of so small an LLM may go in circles
 
 
 def s3_v1() -> TokenizerConfig:

@@ -578,6 +578,8 @@ def test_tokens_of_a_part_of_a_file_and_of_earlier_turns(tmp_path, wav, checkpoi
         want = s3.encode(mel[None], torch.tensor([len(mel)]))[0][0].tolist()
         assert said["speech_token"] == want
     assert len(part["extra"]["speech_token"]) == 10 and "speech_token" not in gone["extra"]
+    command(monkeypatch, "tokens", path, "--model", checkpoint)  # once more: all is there
+    assert json.loads(capsys.readouterr().out) == {"no such file": 1, "were there": 2}
 
 
 def test_tokens_leave_what_they_cannot_read(tmp_path, wav, checkpoint, monkeypatch, capsys):

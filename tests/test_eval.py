@@ -334,6 +334,12 @@ def test_echat(world, monkeypatch, capsys, server):
     assert dry["cached"] and dry["requests"] < 5  # those of the broken item
 
 
+def test_the_page_plays_the_part_that_a_record_is(world):
+    card = {"wav": str(world / "a.wav"), "replies": {}}
+    whole, part = (len(ev.page([card | more], 0)) for more in ({}, {"start": 0.1, "end": 0.35}))
+    assert 1000 < whole - part
+
+
 @pytest.mark.parametrize("task", ["s2s", "understand"])
 def test_a_record_may_be_part_of_a_wav(world, monkeypatch, task):
     words = ["eval.py", "qa", "--model", str(world), "--data", "x", "--device", "cpu"]
@@ -702,7 +708,10 @@ def test_speed(world, monkeypatch, capsys, more):
 def test_speed_beside_others(world, monkeypatch, capsys):
     monkeypatch.setitem(ev.echat.PRESETS, "small", lambda: ev.echat.load_config(str(world)))
     words = ["speed", "--preset", "small", "--tokens", "3", "--prompt", "50"]
-    assert "total_s" not in call(world, monkeypatch, capsys, *words)[1]
+    found = call(world, monkeypatch, capsys, *words)[1]
+    assert "total_s" not in found and found["reckoned_rtf"] > 25 / found["decode_tok_per_s"]
+    assert found["reckoned_first_audio_s"] - found["reckoned_first_text_s"] > 40 / found[
+        "decode_tok_per_s"]
     found = call(world, monkeypatch, capsys, *words, "--against", "fp32")[1]["fp32_over_ours"]
     assert found["agree"] > 0.9 and len(found["decode"]) == len(found["prefill"]) == 3
     with pytest.raises(SystemExit) as stop:  # 8 bits beside 8 bits
