@@ -573,9 +573,12 @@ def save_weights(path: str, module_or_dict, dtype: torch.dtype | None = None) ->
     """Write a safetensors file whole or not at all; floats in `dtype` if given."""
     tensors = module_or_dict if isinstance(module_or_dict, dict) else module_or_dict.state_dict()
     try:
+        with open(path + ".tmp", "w") as f:
+            mode = os.fstat(f.fileno()).st_mode
         save_file({k: v.detach().to("cpu", dtype if v.is_floating_point() else None).contiguous()
                    for k, v in tensors.items()}, path + ".tmp")
-    except SafetensorError as e:
+        os.chmod(path + ".tmp", mode)  # as of any new file; safetensors' can be read by us alone
+    except (SafetensorError, OSError) as e:
         if os.path.exists(path + ".tmp"):
             os.remove(path + ".tmp")
         raise BadCheckpoint(f"{path}: cannot be written ({e})") from None

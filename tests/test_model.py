@@ -506,6 +506,7 @@ def test_checkpoint_round_trip(checkpoint, tmp_path):
     again = load_echat(str(tmp_path))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert len({p.stat().st_mode for p in tmp_path.iterdir()}) == 1  # readable by the same people
 
 
 def test_every_preset_survives_json(tmp_path):
