@@ -998,14 +998,16 @@ def speed(args) -> tuple[str, dict]:
         read = sum(t.nbytes for part in (llm.layers, llm.lm_head or llm.embed_tokens)
                    for t in (*part.parameters(), *part.buffers()))
         out["decode_share_of_copy"] = out["decode_tok_per_s"] * read / out["copy_GBps"] / 1e9
-        if args.preset:  # random weights never end: so added up, with a think of 40 tokens,
-            # for --task s2s --interleave --stream
-            token, codes = 1 / out["decode_tok_per_s"], voice.flow.hop_codes
+        if args.preset:  # random weights never end: added up as for --interleave --stream
+            token, think = 1 / out["decode_tok_per_s"], 40
+            first = voice.flow.hop_codes + 1  # the first opens the speech
+            first += -(-first // echat.SPEECH_BLOCK) * echat.TEXT_BLOCK
             text = (out["encoder_ms"] + out["prefill_ms"]) / 1000
             audio = out["first_audio_after_its_codes_ms"] / 1000
+            spoken = 25 * (1 + echat.TEXT_BLOCK / echat.SPEECH_BLOCK)  # tokens a second
             out["reckoned_first_text_s"] = text
-            out["reckoned_first_audio_s"] = text + (40 + codes * 24 / 18) * token + audio
-            out["reckoned_rtf"] = 25 * 24 / 18 * token + out["flow_rtf"] + out["vocoder_rtf"]
+            out["reckoned_first_audio_s"] = text + (think + first) * token + audio
+            out["reckoned_rtf"] = spoken * token + out["flow_rtf"] + out["vocoder_rtf"]
         else:
             with tempfile.NamedTemporaryFile(suffix=".wav") as f:
                 write_wave(f.name, wave, 16000)
